@@ -1,0 +1,1 @@
+"""The pass manager, verification, remarks and the cost model."""

@@ -1,0 +1,128 @@
+"""Comparing two results with the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from graphopt.compiler.tolerance import limit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The errors of the two sides, and whether the second is acceptable.
+
+    Args:
+        error_before: of the original, relative to the largest reference value of the row (see tolerance.py).
+        error_after: of the candidate, likewise; infinite where a value is finite on one side only, where an
+            integer differs, or where shape or dtype changed.
+        ok: the candidate is within the limit.
+        reason: why not, in words.
+    """
+
+    error_before: float
+    error_after: float
+    ok: bool
+    reason: str = ""
+
+
+def compare(before: Any, after: Any, reference: Any, floor_ulps: float) -> Comparison:
+    """Judge ``after`` against ``before`` and the float64 ``reference`` (tensors, or nested containers).
+
+    Args:
+        before: what the original computes in its own dtype.
+        after: what the candidate computes.
+        reference: what the original computes in float64.
+        floor_ulps: the floor of the tolerance, in units in the last place.
+    """
+    sides = [pytree.tree_leaves(side) for side in (before, after, reference)]
+    if len({len(side) for side in sides}) != 1:
+        return Comparison(0.0, math.inf, False, f"{len(sides[1])} outputs instead of {len(sides[0])}")
+    worst = Comparison(0.0, 0.0, True)
+    for triple in zip(*sides, strict=True):
+        found = _compare_leaf(*triple, floor_ulps=floor_ulps)
+        if not found.ok:
+            return found
+        if found.error_after >= worst.error_after:
+            worst = found
+    return worst
+
+
+def _compare_leaf(before: Any, after: Any, reference: Any, *, floor_ulps: float) -> Comparison:
+    if not isinstance(before, torch.Tensor):
+        same = before == after
+        return Comparison(
+            0.0, 0.0 if same else math.inf, bool(same), "" if same else f"{after} is not {before}"
+        )
+    if after.shape != before.shape or after.dtype != before.dtype:
+        what = f"{after.dtype} {list(after.shape)} instead of {before.dtype} {list(before.shape)}"
+        return Comparison(0.0, math.inf, False, what)
+    if not before.is_floating_point():
+        wrong = int((before != after).sum())
+        return Comparison(
+            0.0, math.inf if wrong else 0.0, not wrong, f"{wrong} values differ" if wrong else ""
+        )
+    if before.numel() == 0:
+        return Comparison(0.0, 0.0, True)
+    wrong = _disagreements(before, after, reference)
+    if wrong:
+        return Comparison(0.0, math.inf, False, f"{wrong} values are finite on one side and not on the other")
+    error_before = relative_error(before, reference)
+    error_after = relative_error(after, reference, besides=before)
+    most = limit(error_before, before.dtype, floor_ulps)
+    if error_after <= most:
+        return Comparison(error_before, error_after, True)
+    reason = f"error {error_after:.2e} exceeds {most:.2e} (the original's is {error_before:.2e})"
+    return Comparison(error_before, error_after, False, reason)
+
+
+def _disagreements(before: torch.Tensor, after: torch.Tensor, reference: torch.Tensor) -> int:
+    """How many values are NaN or infinite wrongly.
+
+    Where the original overflowed although the reference is finite, the candidate may do as it likes; anywhere
+    else it must be finite where the original is, and the same NaN or infinity where it is not.
+    """
+    overflowed = torch.isfinite(reference) & ~torch.isfinite(before)
+    both_finite = torch.isfinite(before) & torch.isfinite(after)
+    same = (before == after) | (before.isnan() & after.isnan())
+    return int((~(both_finite | same | overflowed)).sum())
+
+
+def relative_error(
+    actual: torch.Tensor, reference: torch.Tensor, besides: torch.Tensor | None = None
+) -> float:
+    """The largest deviation from the reference in a row, relative to the row's largest reference value.
+
+    Args:
+        actual: a floating tensor of any shape.
+        reference: the same in float64.
+        besides: values that must be finite too for a position to count.
+
+    Returns:
+        The error; 0 when no position counts. Deviations below the dtype's smallest normal number do not count:
+        a device may flush them to zero.
+    """
+    info = torch.finfo(actual.dtype)
+    counted = torch.isfinite(reference) & torch.isfinite(actual)
+    if besides is not None:
+        counted &= torch.isfinite(besides)
+    wide = torch.where(counted, reference.double(), 0.0)
+    deviation = torch.where(counted, actual.double(), 0.0) - wide
+    if actual.dim() == 0:
+        wide, deviation = wide[None], deviation[None]
+    scale = wide.abs().amax(dim=-1).clamp_min(info.tiny / info.eps)
+    return float((deviation.abs().amax(dim=-1) / scale).max())
+
+
+def worst_error(actual: Sequence[Any], reference: Sequence[Any]) -> float:
+    """The largest relative error over all floating outputs."""
+    pairs = zip(pytree.tree_leaves(actual), pytree.tree_leaves(reference), strict=True)
+    floating = [
+        (a, r) for a, r in pairs if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()
+    ]
+    return max((relative_error(a, r) for a, r in floating), default=0.0)

@@ -1,0 +1,97 @@
+"""What a node costs at least: FLOPs, bytes, and the roofline time on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from graphopt.compiler.device import Limits
+from graphopt.compiler.evaluate import hint_shape
+from graphopt.ir.graph import is_getitem, tensor_bytes, value
+from graphopt.ir.op import Cost, op_of
+
+aten = torch.ops.aten
+
+# Ops that make a view: they move no bytes.
+VIEWS = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.t.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.detach.default,
+        aten.alias.default,
+    }
+)
+
+
+def node_cost(node: fx.Node) -> Cost:
+    """FLOPs and bytes of one node, dynamic sizes at the example's values.
+
+    Matrix products and convolutions are counted by PyTorch's own flop counter, graphopt's ops by their cost
+    face, and everything else at one operation an output element.
+    """
+    if node.op != "call_function" or is_getitem(node) or node.target in VIEWS:
+        return Cost(0.0, 0.0)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _concrete(n.meta["val"]))
+    op = op_of(node.target)
+    if op is not None:
+        return op.cost(*args, **kwargs)
+    out = _concrete(value(node))
+    moved = sum(tensor_bytes(source.meta["val"]) for source in node.all_input_nodes) + tensor_bytes(out)
+    return Cost(_flops(node, args, kwargs, out), moved)
+
+
+def _flops(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    if node.target is aten.linear.default:
+        weight = args[1]
+        return 2.0 * out.numel() * weight.shape[-1]
+    if node.target in (aten.conv2d.default, aten.conv1d.default):
+        weight = args[1]
+        return 2.0 * out.numel() * weight[0].numel()
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key, values = args[:3]
+        batch_heads = query.numel() / (query.shape[-1] * query.shape[-2])
+        return float(
+            2.0 * batch_heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + values.shape[-1])
+        )
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in flop_registry:
+        return float(flop_registry[packet](*args, **kwargs, out_val=out))
+    return float(sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)))
+
+
+def _concrete(val: Any) -> Any:
+    """The value with numbers for its symbolic sizes; tensors become meta tensors."""
+    return pytree.tree_map(
+        lambda v: (
+            torch.empty(hint_shape(v), dtype=v.dtype, device="meta")
+            if isinstance(v, torch.Tensor)
+            else _number(v)
+        ),
+        val,
+    )
+
+
+def _number(size: Any) -> Any:
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size
+
+
+def milliseconds(cost: Cost, limits: Limits) -> float:
+    """The roofline: the longer of computing and moving, in milliseconds."""
+    return 1e3 * max(cost.flops / limits.flops_per_s, cost.bytes / limits.bytes_per_s)

@@ -1,0 +1,115 @@
+"""Running parts of a Graph: in the model's own precision, and in float64 as the reference."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from graphopt.ir.graph import Graph, size_hint
+
+_CACHE_BYTES = 256 * 2**20
+
+
+def evaluate(
+    graph: Graph, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any], *, float64: bool = False
+) -> list[Any]:
+    """Compute nodes from the values of other nodes, running nothing that is not needed.
+
+    Args:
+        graph: the graph; its constants are used as they are.
+        wanted: the nodes to compute.
+        given: values to start from: at least the placeholders that the wanted nodes depend on.
+        float64: run every floating tensor and every explicit floating cast in float64, which gives the
+            reference that both sides of a rewrite are compared with.
+
+    Returns:
+        The values of the wanted nodes, in order.
+    """
+    needed = _ancestors(wanted, given)
+    reads = {node: sum(user in needed for user in node.users) for node in needed}
+    keep = set(wanted)
+    values: dict[fx.Node, Any] = {n: widen(v) if float64 else v for n, v in given.items()}
+    with torch.no_grad():
+        for node in sorted(needed):
+            if node.op == "get_attr":
+                constant = graph.constant(node)
+                values[node] = widen(constant) if float64 else constant
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if float64:
+                args, kwargs = pytree.tree_map(_float64_argument, (args, kwargs))
+            values[node] = node.target(*args, **kwargs)
+            for source in node.all_input_nodes:
+                if source in reads:
+                    reads[source] -= 1
+                    if reads[source] == 0 and source not in keep:
+                        del values[source]
+    return [values[node] for node in wanted]
+
+
+def _ancestors(wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    work = [node for node in wanted if node not in given]
+    while work:
+        node = work.pop()
+        if node in needed:
+            continue
+        if node.op == "placeholder":
+            raise ValueError(f"no value was given for input {node.name}")
+        needed.add(node)
+        work.extend(source for source in node.all_input_nodes if source not in given)
+    return needed
+
+
+def widen(value: Any) -> Any:
+    """The value with every floating tensor in float64."""
+    return pytree.tree_map(
+        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, value
+    )
+
+
+def _float64_argument(value: Any) -> Any:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+class Activations:
+    """The values that the example inputs give inside a graph, computed when asked for.
+
+    Args:
+        graph: the graph; it may be rewritten between calls, as long as values stay what they are.
+        inputs: the flat tensor inputs, in placeholder order.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+        self.graph = graph
+        self._inputs = dict(zip(graph.placeholders, inputs, strict=True))
+        self._cache: OrderedDict[fx.Node, Any] = OrderedDict()
+
+    def values(self, nodes: Sequence[fx.Node]) -> list[Any]:
+        """The values of nodes; recent ones are kept, up to 256 MiB."""
+        for node in [node for node in self._cache if node._erased]:
+            del self._cache[node]
+        found = evaluate(self.graph, nodes, {**self._inputs, **self._cache})
+        for node, value in zip(nodes, found, strict=True):
+            if node.op == "call_function":
+                self._cache[node] = value
+                self._cache.move_to_end(node)
+        while sum(map(_bytes, self._cache.values())) > _CACHE_BYTES and len(self._cache) > 1:
+            self._cache.popitem(last=False)
+        return found
+
+
+def _bytes(value: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+
+
+def hint_shape(value: torch.Tensor) -> tuple[int, ...]:
+    """A fake tensor's shape in numbers."""
+    return tuple(size_hint(size) for size in value.shape)

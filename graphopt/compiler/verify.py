@@ -1,0 +1,156 @@
+"""Verified or reverted: a staged rewrite is run beside the region it replaces, and both beside float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from graphopt.compiler.compare import Comparison, compare
+from graphopt.compiler.evaluate import Activations, evaluate
+from graphopt.compiler.hostile import hostile_inputs
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
+from graphopt.ir.graph import Graph, is_symbolic
+
+
+class Verifier:
+    """Checks rewrites of one graph; identical ones once.
+
+    Args:
+        graph: the graph being rewritten.
+        inputs: the example inputs: flat tensors in placeholder order.
+        share: let a region that is structurally identical to a checked one take over its verdict.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor], *, share: bool = True) -> None:
+        self.graph = graph
+        self.activations = Activations(graph, inputs)
+        self.share = share
+        self._verdicts: dict[Any, Comparison] = {}
+
+    def verify(self, rewriter: Rewriter) -> tuple[Comparison, bool]:
+        """Judge a staged rewrite.
+
+        Returns:
+            The comparison that decides (the worst one that is still right, or the first wrong one), and whether
+            it was taken over from an identical region.
+        """
+        key = structure(rewriter) if self.share else None
+        if key is not None and key in self._verdicts:
+            return self._verdicts[key], True
+        verdict = self._check(rewriter)
+        if key is not None and verdict.ok:
+            self._verdicts[key] = verdict
+        return verdict, False
+
+    def _check(self, rewriter: Rewriter) -> Comparison:
+        old, new = list(rewriter.replaced), list(rewriter.replaced.values())
+        if not old:  # only dead nodes go
+            return Comparison(0.0, 0.0, True)
+        sources = [node for node in _frontier(rewriter) if node.op != "get_attr"]
+        real = self.activations.values(sources)
+        varies = [_depends_on_values(node) for node in sources]
+        worst = Comparison(0.0, 0.0, True)
+        for label, values in [("the example inputs", real), *hostile_inputs(real, varies)]:
+            given = dict(zip(sources, values, strict=True))
+            reference = evaluate(self.graph, old, given, float64=True)
+            before = evaluate(self.graph, old, given)
+            after = evaluate(self.graph, new, given)
+            found = compare(before, after, reference, REGION_FLOOR_ULPS)
+            if not found.ok:
+                reason = f"on {label}: {found.reason}"
+                return Comparison(found.error_before, found.error_after, False, reason)
+            if found.error_after >= worst.error_after:
+                worst = found
+        return worst
+
+
+def _frontier(rewriter: Rewriter) -> list[fx.Node]:
+    """The values that the region is verified from: its inputs, or what lies behind them.
+
+    A replacement may reach behind the matched nodes (around a transpose that it cancels). What lies between the
+    value it reads and the region then belongs to the region: taken as inputs, the two would be varied apart.
+    """
+    region = set(rewriter.match.nodes)
+    inputs = set(rewriter.match.inputs)
+    staged = set(rewriter.staged)
+    read = {source for node in rewriter.staged for source in node.all_input_nodes} - staged
+    region.update(new for new in rewriter.replaced.values() if new not in staged | inputs)
+    behind = {node for node in read - inputs - region if node.op == "call_function"}
+    behind |= {node for node in read - inputs - region if node.op == "placeholder"}
+    depends = set(behind)
+    if behind:
+        node = min(behind).next
+        while node is not rewriter.match.root and node.op != "output":
+            if node not in staged and any(source in depends for source in node.all_input_nodes):
+                depends.add(node)
+            node = node.next
+    work = list(inputs)
+    while work:
+        node = work.pop()
+        if node in depends and node not in behind and node not in region:
+            region.add(node)
+            work.extend(node.all_input_nodes)
+    reads = (source for node in sorted(region) for source in node.all_input_nodes)
+    return list(dict.fromkeys([*(s for s in reads if s not in region), *sorted(behind)]))
+
+
+def _depends_on_values(node: fx.Node) -> bool:
+    """False for what is the same for every input of these sizes: constants, and ranges over sizes."""
+    seen: set[fx.Node] = set()
+    work = [node]
+    while work:
+        current = work.pop()
+        if current in seen or (current.op == "call_function" and is_symbolic(current)):
+            continue
+        if current.op == "placeholder":
+            return True
+        seen.add(current)
+        work.extend(current.all_input_nodes)
+    return False
+
+
+def structure(rewriter: Rewriter) -> Any:
+    """A key that two rewrites share when they do the same to regions of the same shape.
+
+    It covers ops, literals, shapes, dtypes and wiring of the region before and after, and the values of small
+    constants; of weights only shape and dtype. The whole model is compared again at the end.
+    """
+    numbers: dict[fx.Node, int] = {}
+    inputs = rewriter.match.inputs
+    rows: list[Any] = [rewriter.pass_name]
+    for node in (*inputs, *rewriter.match.nodes, *rewriter.staged):
+        for source in (*node.all_input_nodes, node) if node not in inputs else (node,):
+            if source not in numbers:
+                numbers[source] = len(numbers)
+                rows.append((numbers[source], _value_key(rewriter.graph, source)))
+        if node not in inputs:
+            target = "" if node.op == "get_attr" else str(node.target)
+            rows.append((numbers[node], target, _literal_key((node.args, node.kwargs), numbers)))
+    rows.append([(numbers[old], numbers.get(new, -1)) for old, new in rewriter.replaced.items()])
+    return repr(rows)
+
+
+def _value_key(graph: Graph, node: fx.Node) -> Any:
+    val = node.meta.get("val")
+    shapes = [
+        (str(v.dtype), str(tuple(v.shape)), str(v.device)) if isinstance(v, torch.Tensor) else str(v)
+        for v in pytree.tree_leaves(val)
+    ]
+    constant = graph.constant(node)
+    small = constant is not None and constant.numel() <= 1
+    return node.op, shapes, constant.tolist() if small and constant is not None else None
+
+
+def _literal_key(value: Any, numbers: dict[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, (list, tuple)):
+        return [_literal_key(item, numbers) for item in value]
+    if isinstance(value, dict):
+        return [(key, _literal_key(item, numbers)) for key, item in value.items()]
+    return repr(value)

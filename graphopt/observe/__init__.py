@@ -1,0 +1,1 @@
+"""What graphopt tells its user: the report and its pages."""

@@ -1,0 +1,69 @@
+"""What the report keeps of graphs, memory and versions, once the graphs themselves are gone."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from graphopt.ir import provenance
+from graphopt.ir.graph import Graph, op_name
+from graphopt.observe.report import GraphNode
+
+
+def snapshot(graph: Graph) -> tuple[GraphNode, ...]:
+    """A graph as the report draws it: inputs, calls and output; weights are left out."""
+    return tuple(_row(node) for node in graph.nodes if node.op != "get_attr")
+
+
+def _row(node: fx.Node) -> GraphNode:
+    place = provenance.of(node)
+    kinds = {"placeholder": "input", "output": "output"}
+    reads = tuple(source.name for source in node.all_input_nodes if source.op != "get_attr")
+    op = kinds.get(node.op) or op_name(node)
+    return GraphNode(node.name, op, reads, _shape(node), place.source, place.module, place.origins)
+
+
+def _shape(node: fx.Node) -> str:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    tensors = [val for val in leaves if isinstance(val, torch.Tensor)]
+    return ", ".join(f"{str(val.dtype)[6:]} {list(map(str, val.shape))}".replace("'", "") for val in tensors)
+
+
+def memory_of(captured: Graph, rewritten: Graph) -> dict[str, int]:
+    """Bytes of the model's weights, of constants made at compile time, and the process's peak resident size."""
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    return {
+        "weights": _bytes([c.tensor for c in captured.constants.values()]),
+        "folded": _bytes([c.tensor for c in rewritten.constants.values() if c.how]),
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+    }
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, graphopt, and what it stands on."""
+    found = {"python": platform.python_version()}
+    for package in (
+        "graphopt",
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "transformers",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,193 @@
+"""The way of a model, from module to optimized module: this page is the whole pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+import graphopt.kernels  # noqa: F401  (registers the ops)
+from graphopt.capture.export import capture, from_program
+from graphopt.capture.inputs import Dynamic
+from graphopt.compiler.compare import compare
+from graphopt.compiler.evaluate import evaluate
+from graphopt.compiler.manager import Outcome, PassManager
+from graphopt.compiler.remarks import Remarks
+from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
+from graphopt.ir.graph import Graph
+from graphopt.observe.report import Candidate, Report
+from graphopt.observe.snapshot import memory_of, snapshot, versions
+from graphopt.optimized_model import OnMismatch, OptimizedModel
+from graphopt.passes.default import pipeline
+from graphopt.runtime import candidates as runtime
+from graphopt.runtime.candidates import Choice, choose, plan_candidates
+from graphopt.runtime.target import Target
+
+Progress = Callable[[str, float], None]
+
+
+def optimize(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "auto",
+    executors: Sequence[str] | None = None,
+    dynamic: Dynamic = None,
+    level: int = 2,
+    enable: Iterable[str] = (),
+    disable: Collection[str] = (),
+    effort: str = "measured",
+    on_mismatch: OnMismatch = "error",
+    progress: Progress | None = None,
+) -> OptimizedModel:
+    """Make a model faster, and prove that it is still the same model.
+
+    Args:
+        model: an ``nn.Module`` in evaluation mode, or an exported program with example inputs.
+        args: example positional inputs, as for ``torch.export.export``.
+        kwargs: example keyword inputs.
+        target: ``"auto"`` (where the model is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a Target.
+        executors: names in order of preference; they then run the model, whatever is faster. None measures.
+        dynamic: True, or names of dynamic dimensions: ``{"input_ids": {0: "batch", 1: "seq"}}``.
+        level: 0 rewrites nothing, 2 is the default, 3 adds what is rarely worth its time.
+        enable: passes to run although their level is higher, by exact name.
+        disable: passes to leave out, by exact name.
+        effort: ``"measured"`` times the candidates on the example inputs; ``"fast"`` takes the first that is
+            right.
+        on_mismatch: what a call with other dtypes, ranks, devices or sizes does: ``"error"``, or
+            ``"fallback"``, which runs the original and counts it.
+        progress: called with (what is being done, fraction done).
+
+    Returns:
+        A module that is called like ``model`` and returns the same type.
+
+    Raises:
+        InputError: example inputs are missing, or on another device than the model.
+        CaptureError: the model cannot be captured.
+        TargetError: the target or an executor is unknown or not there.
+        PassError: a pass is unknown.
+        LoweringError: the executors that were insisted on cannot run the model.
+    """
+    clock = _Clock(progress)
+    passes = pipeline(level, enable, disable)
+    with clock.stage("capture", 0.0):
+        if isinstance(model, torch.nn.Module):
+            captured, original = capture(model, args, kwargs, dynamic=dynamic), model
+            example: Any = (args, dict(kwargs or {}))
+        else:
+            captured, original, example = from_program(model), model.module(), model.example_inputs
+        inputs = _tensors(captured, example)
+    where = Target.of(target, _home(original, inputs))
+    remarks = Remarks()
+    with clock.stage("rewrite", 0.2):
+        graph = captured.clone()
+        manager = PassManager(passes, remarks, where.limits, on_pass=clock.within(0.2, 0.4))
+        outcome = manager.run(graph, inputs)
+    with clock.stage("verify", 0.4):
+        reference = evaluate(captured, _results(captured), _given(captured, inputs), float64=True)
+        before = evaluate(captured, _results(captured), _given(captured, inputs))
+        outcome = _verified(outcome, captured, inputs, (before, reference), manager)
+    with clock.stage("lower", 0.5):
+        candidates = plan_candidates(captured, outcome.graph, executors, where, remarks)
+    with clock.stage("measure", 0.8):
+        chosen = choose(candidates, inputs, (before, reference), where, remarks, timed=effort == "measured")
+    report = _report(original, captured, outcome, remarks, chosen, clock)
+    assert chosen.best.plan is not None
+    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch)
+
+
+def _verified(
+    outcome: Outcome, captured: Graph, inputs: Sequence[torch.Tensor], wanted: Any, manager: PassManager
+) -> Outcome:
+    """The rewritten model, compared end to end; verdicts that were shared between layers are not taken on trust.
+
+    Should it differ, every site is verified on its own; should it differ still, nothing is rewritten.
+    """
+    before, reference = wanted
+    for attempt in (outcome, None):
+        if attempt is None:
+            manager.remarks.add("analysis", "verify", None, "the whole differs: every site is verified again")
+            manager.share = False
+            attempt = manager.run(captured.clone(), inputs)
+        after = evaluate(attempt.graph, _results(attempt.graph), _given(attempt.graph, inputs))
+        found = compare(before, after, reference, MODEL_FLOOR_ULPS)
+        if found.ok:
+            return attempt
+    manager.remarks.add("missed", "verify", None, f"all rewrites were reverted: end to end, {found.reason}")
+    return Outcome(captured.clone(), [])
+
+
+def _report(
+    model: torch.nn.Module, captured: Graph, outcome: Outcome, remarks: Remarks, chosen: Choice, clock: _Clock
+) -> Report:
+    best = chosen.best
+    assert best.plan is not None
+    return Report(
+        model=type(model).__name__,
+        ops_before=captured.op_counts(),
+        ops_after=best.graph.op_counts(),
+        rewrites=outcome.rewrites,
+        remarks=remarks.rows,
+        candidates=[_row(candidate) for candidate in chosen.candidates],
+        plan=best.plan.rows(),
+        node_times=best.node_times,
+        memory=memory_of(captured, outcome.graph),
+        versions=versions(),
+        seconds=clock.seconds,
+        graph_before=snapshot(captured),
+        graph_after=snapshot(best.graph),
+    )
+
+
+def _row(found: runtime.Candidate) -> Candidate:
+    timing = found.timing
+    times = (timing.median_ms, timing.spread_ms) if timing else (None, None)
+    return Candidate(found.name, *times, found.error, found.chosen, found.reason)
+
+
+def _tensors(graph: Graph, example: Any) -> list[torch.Tensor]:
+    """The flat tensor inputs of an example call, in placeholder order."""
+    leaves = pytree.tree_leaves(example)
+    return [leaf for spec, leaf in zip(graph.inputs, leaves, strict=True) if spec.node is not None]
+
+
+def _home(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers(), *inputs)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _results(graph: Graph) -> list[torch.fx.Node]:
+    return graph.output.all_input_nodes
+
+
+def _given(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[torch.fx.Node, torch.Tensor]:
+    return dict(zip(graph.placeholders, inputs, strict=True))
+
+
+class _Clock:
+    """Times the stages and tells how far the work is."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, done: float) -> Iterator[None]:
+        """One stage, which starts when ``done`` of the work is done."""
+        self._tell(name, done)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def within(self, start: float, end: float) -> Callable[[str, int, int], None]:
+        """A callback for steps between two fractions of the work."""
+        return lambda name, index, count: self._tell(name, start + (end - start) * index / count)
+
+    def _tell(self, name: str, done: float) -> None:
+        if self._progress is not None:
+            self._progress(name, done)

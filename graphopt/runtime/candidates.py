@@ -1,0 +1,167 @@
+"""Candidates: the ways to run a model, each compiled, checked against float64, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphopt.compiler.compare import compare
+from graphopt.compiler.remarks import Remarks
+from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
+from graphopt.errors import GraphoptError, LoweringError
+from graphopt.ir.graph import Graph
+from graphopt.runtime import scheduler
+from graphopt.runtime.measure import Timing, interleaved
+from graphopt.runtime.partition import find_executors, partition
+from graphopt.runtime.plan import Plan
+from graphopt.runtime.profile import NodeTime, node_times
+from graphopt.runtime.target import Target
+
+_SECONDS = 4.0  # about how long the candidates are timed against each other
+
+
+@dataclass
+class Candidate:
+    """One way to run the model.
+
+    Args:
+        name: executors and graph: "ort", "eager (captured graph)".
+        graph: what it runs.
+        plan: how; None when it failed to compile.
+        reason: why it was dropped.
+        error: largest error of its outputs relative to float64.
+        timing: on the example inputs.
+        node_times: a row a node, slowest first.
+        chosen: it is what runs.
+    """
+
+    name: str
+    graph: Graph
+    plan: Plan | None
+    reason: str = ""
+    error: float | None = None
+    timing: Timing | None = None
+    node_times: Sequence[NodeTime] = ()
+    chosen: bool = field(default=False)
+
+    def drop(self, reason: str, remarks: Remarks) -> None:
+        """Take it out of the race, and say why."""
+        self.plan, self.reason = None, reason
+        remarks.add("missed", "candidates", None, f"{self.name} was dropped: {reason}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen among the candidates.
+
+    Args:
+        candidates: all of them, the chosen one marked.
+    """
+
+    candidates: Sequence[Candidate]
+
+    @property
+    def best(self) -> Candidate:
+        """The chosen one."""
+        return next(candidate for candidate in self.candidates if candidate.chosen)
+
+
+def plan_candidates(
+    captured: Graph, rewritten: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks
+) -> list[Candidate]:
+    """Compile every way to run the model.
+
+    Args:
+        captured: the graph as captured; running it in PyTorch is the peer that is always there.
+        rewritten: the graph after the passes.
+        executors: the only ones to use, in order of preference; None for every way there is.
+        target: where.
+        remarks: takes what was refused.
+
+    Raises:
+        LoweringError: the executors insisted on cannot run the model.
+        TargetError: an executor is unknown.
+    """
+    if executors is not None:
+        plan = partition(rewritten, find_executors(executors), target, remarks)
+        return [Candidate(" + ".join(executors), rewritten, plan)]
+    ways = [("eager", rewritten, ("eager",)), ("eager (captured graph)", captured, ("eager",))]
+    if target.device.type == "cpu":
+        ways.insert(0, ("ort", rewritten, ("ort", "eager")))
+    candidates = []
+    for name, graph, order in ways:
+        try:
+            plan = partition(graph, find_executors(order), target, remarks)
+            candidates.append(Candidate(name, graph, plan))
+        except GraphoptError as error:
+            candidates.append(Candidate(name, graph, None))
+            candidates[-1].drop(error.message, remarks)
+    return candidates
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    inputs: Sequence[torch.Tensor],
+    wanted: tuple[Any, Any],
+    target: Target,
+    remarks: Remarks,
+    *,
+    timed: bool,
+) -> Choice:
+    """Check every candidate against float64, time those that are right, and mark the fastest.
+
+    Args:
+        candidates: in order of preference, which decides when they are not timed.
+        inputs: the example inputs: flat tensors.
+        wanted: the original's outputs in its own dtype, and in float64.
+        target: where they run.
+        remarks: takes why a candidate was dropped.
+        timed: measure; otherwise the first that is right is taken.
+
+    Raises:
+        LoweringError: no candidate gives the right answer.
+    """
+    for candidate in candidates:
+        if candidate.plan is not None:
+            _check(candidate, candidate.plan, inputs, wanted, remarks)
+        if candidate.plan is not None:
+            candidate.node_times = node_times(candidate.plan, inputs)
+    right = [candidate for candidate in candidates if candidate.plan is not None]
+    if not right:
+        reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
+        raise LoweringError(f"no executor gives the right answer: {reasons}")
+    best = right[0]
+    if timed:
+        runs = [_runner(candidate.plan, inputs) for candidate in right if candidate.plan is not None]
+        timings = interleaved(runs, seconds=_SECONDS, device=target.device)
+        for candidate, timing in zip(right, timings, strict=True):
+            candidate.timing = timing
+        best = right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
+    best.chosen = True
+    return Choice(candidates)
+
+
+def _runner(plan: Plan, inputs: Sequence[torch.Tensor]) -> Any:
+    return lambda: scheduler.run(plan, inputs)
+
+
+def _check(
+    candidate: Candidate,
+    plan: Plan,
+    inputs: Sequence[torch.Tensor],
+    wanted: tuple[Any, Any],
+    remarks: Remarks,
+) -> None:
+    before, reference = wanted
+    try:
+        after = scheduler.run(plan, inputs)
+    except Exception as error:
+        candidate.drop(f"it fails to run: {type(error).__name__}: {error}", remarks)
+        return
+    found = compare(before, after, reference, MODEL_FLOOR_ULPS)
+    candidate.error = found.error_after
+    if not found.ok:
+        candidate.drop(found.reason, remarks)

@@ -1,0 +1,54 @@
+"""What an executor is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from graphopt.runtime.region import Region
+from graphopt.runtime.target import Target
+
+
+class Program(Protocol):
+    """A compiled region."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Run on tensors in the order of the region's ``reads``; returns its ``writes``."""
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
+        """Run, and tell what each node took."""
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel took.
+
+    Args:
+        node: name of the graph node that it serves, or the executor's own name for one that it made.
+        op: what ran: an ATen or ONNX op.
+        ms: mean time of one call, in milliseconds.
+    """
+
+    node: str
+    op: str
+    ms: float
+
+
+class Executor(Protocol):
+    """Compiles regions into programs."""
+
+    name: str
+
+    def supports(self, node: fx.Node, target: Target) -> str | None:
+        """Why this executor cannot take a node, or None when it can."""
+
+    def compile(self, region: Region, target: Target) -> Program:
+        """Compile a region of supported nodes.
+
+        Raises:
+            LoweringError: the region cannot be compiled after all; the next executor is asked.
+        """

@@ -1,0 +1,209 @@
+"""From a Graph to an ONNX model: PyTorch's exporter, with graphopt's ops and projections translated our way.
+
+Nothing is copied: the model's initializers refer to the graph's own tensors until they are written to disk or
+handed to a session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset23 as op
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from graphopt.errors import LoweringError
+from graphopt.ir import provenance
+from graphopt.ir.graph import Graph
+from graphopt.ir.op import OPS
+
+aten = torch.ops.aten
+
+OPSET = 23
+_NODE = "graphopt_node"
+
+
+def to_onnx(graph: Graph) -> ir.Model:
+    """Lower a graph; inputs and outputs keep their order, and every node its provenance.
+
+    Args:
+        graph: tensors in, tensors out; dynamic sizes become symbolic dimensions.
+
+    Returns:
+        The model. Each node's ``metadata_props`` carry ``graphopt.node``, ``graphopt.source`` (the user's
+        ``file:line``) and ``graphopt.module``.
+
+    Raises:
+        LoweringError: an op has no translation.
+    """
+    program = _as_program(graph)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise LoweringError(f"ONNX export failed: {type(cause).__name__}: {_first_lines(cause)}") from error
+    assert exported is not None
+    model: ir.Model = exported.model
+    _strip_unused_outputs(model)
+    _annotate(model, graph, exported.exported_program)
+    return model
+
+
+@functools.cache
+def has_translation(target: Any) -> bool:
+    """True when the exporter knows an op, directly or after taking it apart."""
+    if not isinstance(target, torch._ops.OpOverload) or target in _translations():
+        return True
+    registry, decompositions = _exporter_ops()
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return composite or target in decompositions or bool(registry.is_registered(target))
+
+
+@functools.cache
+def _exporter_ops() -> tuple[Any, frozenset[Any]]:
+    """What PyTorch's exporter translates, and what it decomposes into ops that it translates."""
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    with _quiet():
+        registry = _registration.ONNXRegistry.from_torchlib(OPSET)
+    return registry, frozenset(_decomp.create_onnx_friendly_decomposition_table(set(registry.functions)))
+
+
+def _first_lines(error: BaseException, count: int = 3) -> str:
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:count])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and warns about its own deprecations; the user asked for neither."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    table: dict[Callable[..., Any], Callable[..., Any]] = {op.overload: op.onnx for op in OPS.values()}
+    table[aten.linear.default] = _linear
+    return table
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Gemm reads a weight as PyTorch keeps it (rows are outputs), so that its memory can be shared.
+
+    MatMul wants it transposed: 440 MB copied for BERT-base. Gemm takes matrices only, so leading dimensions are
+    folded into one; a Reshape moves nothing.
+    """
+    if x.shape is not None and len(x.shape) == 2:
+        return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)
+    features, outputs = weight.shape[1], weight.shape[0]
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, features]))
+    product = op.Gemm(rows, weight, bias, transB=1) if bias is not None else op.Gemm(rows, weight, transB=1)
+    if len(x.shape) == 1:
+        return op.Reshape(product, op.Constant(value_ints=[outputs]))
+    static = [size if isinstance(size, int) else None for size in x.shape[:-1]]
+    if static.count(None) <= 1:
+        sizes = [-1 if size is None else size for size in static]
+        return op.Reshape(product, op.Constant(value_ints=[*sizes, outputs]))
+    leading = op.Shape(x, start=0, end=-1)
+    shape = op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0)
+    return op.Reshape(product, shape)
+
+
+def _as_program(graph: Graph) -> ExportedProgram:
+    """The graph as an ExportedProgram: constants lifted to buffers, flat inputs and outputs."""
+    lifted, made = fx.Graph(), {}
+    constants = [node for node in graph.nodes if node.op == "get_attr"]
+    inputs: list[InputSpec] = []
+    for node in (*constants, *graph.placeholders):
+        new = lifted.placeholder(node.name)
+        new.meta["val"] = node.meta["val"]
+        made[node] = new
+        is_weight = node.op == "get_attr"
+        inputs.append(
+            InputSpec(
+                InputKind.BUFFER if is_weight else InputKind.USER_INPUT,
+                TensorArgument(new.name),
+                str(node.target) if is_weight else None,
+                persistent=True if is_weight else None,
+            )
+        )
+    for node in graph.calls:
+        new = lifted.node_copy(node, made.__getitem__)
+        new.meta = {**node.meta, "custom": {_NODE: node.name}}
+        made[node] = new
+    results: Any = graph.output.args[0]
+    lifted.output(tuple(made[node] for node in results))
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(made[n].name), None) for n in results]
+    state = {str(node.target): graph.constants[str(node.target)].tensor for node in constants}
+    flat = torch.utils._pytree.tree_structure
+    call = torch.export.ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=flat(((0,) * len(graph.placeholders), {})),
+        out_spec=flat((0,) * len(results)),
+    )
+    return ExportedProgram(
+        root=torch.nn.Module(),
+        graph=lifted,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict=state,
+        range_constraints={},
+        module_call_graph=[torch.export.ModuleCallEntry("", call)],
+        example_inputs=None,
+        constants={},
+    )
+
+
+def _strip_unused_outputs(model: ir.Model) -> None:
+    """Drop trailing outputs that nobody reads (the sum of a residual norm): the kernel then skips them."""
+    results = set(model.graph.outputs)
+    for node in model.graph:
+        used = len(node.outputs)
+        while used > 1 and not node.outputs[used - 1].uses() and node.outputs[used - 1] not in results:
+            used -= 1
+        if used < len(node.outputs):
+            node.resize_outputs(used)
+
+
+def _annotate(model: ir.Model, graph: Graph, program: ExportedProgram | None) -> None:
+    ours = {node.name: node for node in graph.calls}
+    traced = {node.name: node.meta.get("custom") for node in program.graph.nodes} if program else {}
+    origin: str | None = None
+    for node in model.graph:
+        for output in node.outputs:
+            custom = traced.get(output.name or "") or {}
+            origin = custom.get(_NODE) or (output.name if output.name in ours else origin)
+        if origin in ours:
+            place = provenance.of(ours[origin])
+            node.metadata_props["graphopt.node"] = origin
+            node.metadata_props["graphopt.source"] = place.source
+            node.metadata_props["graphopt.module"] = place.module

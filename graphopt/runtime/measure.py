@@ -1,0 +1,69 @@
+"""Timing candidates against each other: interleaved, in one process, with a noise floor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_WARM_UP = 2
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one candidate took.
+
+    Args:
+        median_ms: median time of one call, in milliseconds.
+        spread_ms: half the distance between the quartiles, in milliseconds.
+        rounds: calls timed.
+    """
+
+    median_ms: float
+    spread_ms: float
+    rounds: int
+
+
+def interleaved(
+    candidates: Sequence[Callable[[], object]], *, seconds: float, device: torch.device
+) -> list[Timing]:
+    """Time candidates in rounds A B C, C B A, A B C, ..., so that drift hits all of them alike.
+
+    Args:
+        candidates: each runs once when called.
+        seconds: about how long to spend; at least 5 and at most 50 rounds are run.
+        device: whose work to wait for.
+
+    Returns:
+        A timing per candidate, in order.
+    """
+    cost = 0.0
+    for candidate in candidates:
+        for _ in range(_WARM_UP):
+            cost_now = _call(candidate, device)
+        cost += cost_now
+    rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
+    times: list[list[float]] = [[] for _ in candidates]
+    order = list(range(len(candidates)))
+    for _ in range(rounds):
+        for index in order:
+            times[index].append(1e3 * _call(candidates[index], device))
+        order.reverse()
+    return [_timing(row) for row in times]
+
+
+def _call(candidate: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    candidate()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _timing(row: list[float]) -> Timing:
+    lower, _, upper = statistics.quantiles(row, n=4)
+    return Timing(statistics.median(row), (upper - lower) / 2, len(row))

@@ -1,0 +1,97 @@
+"""The Plan: a graph cut into steps, each bound to an executor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.graph import Graph
+from graphopt.runtime.executors import Program
+from graphopt.runtime.region import Region
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of one program.
+
+    Args:
+        executor: who runs it.
+        region: what it computes.
+        program: the compiled region.
+        frees: names of values that nobody reads after this step.
+    """
+
+    executor: str
+    region: Region
+    program: Program
+    frees: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the scheduler runs.
+
+    Args:
+        device: where.
+        inputs: names of the tensor inputs, in calling order.
+        outputs: what the model returns, in order: the name of a value, or a literal.
+        constants: values that the model returns as they are.
+        steps: in order.
+    """
+
+    device: torch.device
+    inputs: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    constants: dict[str, torch.Tensor]
+    steps: tuple[Step, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a step, JSON-ready."""
+        rows = []
+        for step in self.steps:
+            counts = step.region.graph.op_counts()
+            rows.append(
+                {
+                    "step": step.region.name,
+                    "executor": step.executor,
+                    "device": str(self.device),
+                    "nodes": len(step.region.graph.calls),
+                    "ops": counts,
+                    "reads": list(step.region.reads),
+                    "writes": list(step.region.writes),
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"plan on {self.device}: {len(self.steps)} steps"]
+        for row in self.rows():
+            most = ", ".join(f"{name} x{count}" for name, count in list(row["ops"].items())[:4])
+            lines.append(f"  {row['step']:<12} {row['executor']:<8} {row['nodes']:>4} nodes  {most}")
+        return "\n".join(lines)
+
+
+def ends_of(graph: Graph) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:
+    """A graph's outputs as a plan names them, and the constants among them."""
+    outputs: list[Any] = []
+    constants: dict[str, torch.Tensor] = {}
+    results: Sequence[Any] = graph.output.args[0]  # type: ignore[assignment]
+    for result in results:
+        if isinstance(result, fx.Node):
+            outputs.append(Value(result.name))
+            if result.op == "get_attr":
+                constants[result.name] = graph.constants[str(result.target)].tensor
+        else:
+            outputs.append(result)
+    return tuple(outputs), constants
+
+
+@dataclass(frozen=True)
+class Value:
+    """A reference to a value by name, among a plan's outputs."""
+
+    name: str

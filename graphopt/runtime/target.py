@@ -1,0 +1,64 @@
+"""Where a model is optimized for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.compiler.device import Limits, cpu_limits
+from graphopt.errors import TargetError
+
+_KNOWN = ("auto", "cpu", "cuda", "cuda:<index>")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to optimize for.
+
+    Args:
+        device: the device that inputs, weights and outputs are on.
+    """
+
+    device: torch.device
+
+    @staticmethod
+    def of(target: str | Target, home: torch.device) -> Target:
+        """The target that a user names.
+
+        Args:
+            target: ``"auto"`` (where the model is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a Target.
+            home: the device that the model is on.
+
+        Raises:
+            TargetError: the name is unknown, the device is not there, or the model is on another one.
+        """
+        if isinstance(target, Target):
+            return target
+        if target == "auto":
+            return Target(home)
+        try:
+            device = torch.device(target)
+        except (RuntimeError, TypeError):
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise TargetError(f"unknown target {target!r}", hint=f"one of: {', '.join(_KNOWN)}")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise TargetError(
+                f"target {target!r} needs CUDA device {device.index or 0}; PyTorch sees {found} here",
+                hint="target='cpu', or install a CUDA build of PyTorch on a machine with a GPU",
+            )
+        if device.type != home.type:
+            raise TargetError(
+                f"target {target!r}, but the model is on {home}", hint=f"move the model with .to({target!r})"
+            )
+        return Target(device if device.index is not None or device.type == "cpu" else home)
+
+    @property
+    def limits(self) -> Limits:
+        """The device's ceilings (of the CPU until a device table has the GPU's)."""
+        return cpu_limits()
+
+    def __str__(self) -> str:
+        return str(self.device)

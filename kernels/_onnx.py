@@ -1,0 +1,149 @@
+"""What the ONNX lowerings share: the opset, a way to emit any node, and the norms.
+
+A lowering is called while ``torch.onnx.export`` traces. Its arguments are ``onnx_ir`` values whose shapes
+hold an int for a fixed size and a named ``SymbolicDim`` for a dynamic one, and the ops that it calls are
+recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeAlias
+
+import onnx.defs
+import onnx_ir as ir
+from onnxscript import opset23, values
+
+# The first opset with Attention, RMSNormalization and RotaryEmbedding. ONNX Runtime 1.30 and 1.31 have
+# kernels for all three on the CPU. Untyped, because onnxscript's annotations know nothing of onnx_ir.
+OPSET = 23
+op: Any = opset23
+
+# An onnx_ir.Value. The exporter reads the annotations of a lowering and stumbles over the class itself.
+Value: TypeAlias = Any
+
+Tuning = Literal["any", "cpu"]
+_tuning: ContextVar[Tuning] = ContextVar("graphopt_onnx_tuning", default="any")
+
+
+@contextmanager
+def tuned_for(device: Tuning) -> Iterator[None]:
+    """Choose which nodes the lowerings emit where the best one depends on the device.
+
+    Args:
+        device: "any" takes the fused node, "cpu" what ONNX Runtime's CPU provider runs fastest.
+    """
+    token = _tuning.set(device)
+    try:
+        yield
+    finally:
+        _tuning.reset(token)
+
+
+@functools.cache
+def _declare(
+    op_type: str,
+    domain: str,
+    version: int,
+    inputs: int,
+    outputs: int,
+    attributes: tuple[tuple[str, str], ...],
+) -> Any:
+    """An onnxscript op of exactly these inputs, outputs and attributes; the exporter checks no types."""
+    schema = onnx.defs.OpSchema
+    parameter, optional = schema.FormalParameter, schema.FormalParameterOption.Optional
+    declared = schema(
+        op_type,
+        domain,
+        version,
+        inputs=[parameter(f"x{i}", "tensor(float)", param_option=optional) for i in range(inputs)],
+        outputs=[parameter(f"y{i}", "tensor(float)") for i in range(outputs)],
+        attributes=[schema.Attribute(name, getattr(schema.AttrType, kind)) for name, kind in attributes],
+    )
+    return values.Op(values.Opset(domain, version), op_type, declared)
+
+
+def emit(
+    op_type: str,
+    *inputs: Value | None,
+    domain: str = "com.microsoft",
+    version: int = 1,
+    outputs: tuple[bool, ...] = (True,),
+    **attributes: int | float | str | None,
+) -> Any:
+    """Emit one node that onnx has no schema of, or that shall have fewer outputs than its schema.
+
+    Args:
+        op_type: the node's operator.
+        inputs: the node's inputs; None for an optional one that is left out.
+        domain: the operator's domain; ONNX's own is the empty string.
+        version: the opset that the operator is taken from.
+        outputs: for every output up to the last that is wanted, whether it is.
+        attributes: the node's attributes; None for one that is left out.
+
+    Returns:
+        The wanted output, or a tuple of them when there are more.
+    """
+    given = {name: x for name, x in attributes.items() if x is not None}
+    kinds = tuple((name, ir.convenience.convert_attribute(name, x).type.name) for name, x in given.items())
+    results = _declare(op_type, domain, version, len(inputs), len(outputs), kinds)(*inputs, **given)
+    results = results if len(outputs) > 1 else (results,)
+    for result, wanted in zip(results, outputs, strict=True):
+        if not wanted:
+            result.name = ""  # how ONNX writes an output that is not there
+    kept = tuple(result for result, wanted in zip(results, outputs, strict=True) if wanted)
+    return kept if len(kept) > 1 else kept[0]
+
+
+def ones_like_last_dim(x: Value) -> Any:
+    """A vector of ones of shape (D,) for an x (..., D), in x's dtype."""
+    return op.ConstantOfShape(op.Shape(x, start=-1), value=ir.tensor([1.0], dtype=x.dtype))
+
+
+def layer_norm(x: Value, like: Value, weight: Value | None, bias: Value | None, eps: float) -> Any:
+    """LayerNormalization over the last dimension; ``like`` lends its dtype and D when there is no weight."""
+    weight = ones_like_last_dim(like) if weight is None else weight
+    return emit("LayerNormalization", x, weight, bias, domain="", version=17, axis=-1, epsilon=eps)
+
+
+def rms_norm(x: Value, like: Value, weight: Value | None, eps: float) -> Any:
+    """RMSNormalization over the last dimension; ``like`` lends its dtype and D when there is no weight."""
+    weight = ones_like_last_dim(like) if weight is None else weight
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+
+
+def add_norm(
+    fused: str, x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Any, Any]:
+    """A norm of ``x + residual`` and that sum, as the fused node or as two nodes.
+
+    The CPU's fused kernels walk a row with scalar code, which LayerNormalization and RMSNormalization do not:
+    at (1, 128, 768) in float32 SkipLayerNormalization takes 0.504 ms against 0.075 ms for the two nodes, and
+    SkipSimplifiedLayerNormalization 0.114 ms against 0.049 ms (ONNX Runtime 1.31, one thread of an AVX-512
+    CPU; 1.30 is the same). They also round worse: 7 and 5 times the error. ``Sum`` stands for ``Add`` because
+    ONNX Runtime fuses Add and LayerNormalization back into SkipLayerNormalization.
+
+    Args:
+        fused: "SkipLayerNormalization" or "SkipSimplifiedLayerNormalization" (no bias).
+        x: (..., D).
+        residual: (..., D).
+        weight: (D,), or None for ones.
+        bias: (D,), or None for zeros.
+        eps: added to the variance or to the mean square.
+
+    Returns:
+        The norm and the sum, both (..., D).
+    """
+    rank = len(x.shape) if x.shape is not None else None
+    if _tuning.get() == "any" and rank in (2, 3):  # the ranks that the fused nodes take
+        scale = ones_like_last_dim(x) if weight is None else weight
+        kept = (True, False, False, True)
+        normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)
+        return normed, total
+    total = op.Sum(x, residual)
+    if fused == "SkipLayerNormalization":
+        return layer_norm(total, x, weight, bias, eps), total
+    return rms_norm(total, x, weight, eps), total

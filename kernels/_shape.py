@@ -1,0 +1,58 @@
+"""What the shape rules and cost functions of several ops share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def require(condition: object, message: str) -> None:
+    """Refuse the arguments of an op.
+
+    Args:
+        condition: what must hold; a symbolic condition becomes a guard.
+        message: the thing that is wrong, with the shapes or dtypes that were given.
+
+    Raises:
+        ValueError: the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def shape_of(x: torch.Tensor | None) -> str:
+    """A tensor's shape as the error messages print it: ``(2, 5, 8)``, or ``None``."""
+    return "None" if x is None else str(tuple(x.shape))
+
+
+def require_floating(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors that are not floating or not all of one dtype.
+
+    Args:
+        op: the op's name, for the message.
+        tensors: the arguments by name; None stands for an optional one that is not given.
+
+    Raises:
+        ValueError: a dtype differs from the first tensor's, or that one is not floating.
+    """
+    given = {name: x.dtype for name, x in tensors.items() if x is not None}
+    first, dtype = next(iter(given.items()))
+    require(dtype.is_floating_point, f"{op}: {first} must be floating, not {dtype}")
+    for name, other in given.items():
+        require(other == dtype, f"{op}: {name} is {other}, but {first} is {dtype}")
+
+
+def require_last_dim(op: str, x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """Refuse per-feature vectors that are not of shape ``(x.shape[-1],)``; None is passed over.
+
+    Raises:
+        ValueError: ``x`` has no dimension, or a vector has another shape.
+    """
+    require(x.dim() >= 1, f"{op}: the input needs at least one dimension")
+    for name, vector in vectors.items():
+        fits = vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[-1])
+        require(fits, f"{op}: {name} has shape {shape_of(vector)}, but the last dimension is {x.shape[-1]}")
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the tensors together, each read or written once; None counts nothing."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)

@@ -1,0 +1,179 @@
+"""The embedding of an encoder: up to three table look-ups, their sum, and the LayerNorm of it.
+
+    total = word_table[input_ids] + token_type_table[token_type_ids] + position_table[position_ids]
+    out = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias
+
+Mean and (biased) variance are over the last dimension.
+
+Source: Devlin et al., BERT (arXiv:1810.04805), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels import _onnx as lowering
+from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
+
+SCHEMA = (
+    "(Tensor input_ids, Tensor word_table, Tensor? position_ids, Tensor? position_table,"
+    " Tensor? token_type_ids, Tensor? token_type_table, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+)
+
+
+def _shape(
+    input_ids: torch.Tensor,
+    word_table: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    token_type_table: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """The shape rule.
+
+    Args:
+        input_ids: (B, S), int32 or int64.
+        word_table: (V, D), floating.
+        position_ids: (B or 1, S), int32 or int64; given when position_table is.
+        position_table: (P, D), word_table's dtype.
+        token_type_ids: (B or 1, S), int32 or int64; given when token_type_table is.
+        token_type_table: (N, D), word_table's dtype.
+        weight: (D,), word_table's dtype; None for ones.
+        bias: (D,), word_table's dtype; None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        An empty (B, S, D) of word_table's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a table comes without its ids.
+    """
+    name = "embedding_layer_norm"
+    tables = {"position": (position_ids, position_table), "token_type": (token_type_ids, token_type_table)}
+    require(input_ids.dim() == 2, f"{name}: input_ids must be (batch, length), not {shape_of(input_ids)}")
+    for kind, (ids, table) in {"input": (input_ids, word_table), **tables}.items():
+        require((ids is None) == (table is None), f"{name}: {kind} ids and table come together or not at all")
+        if ids is None or table is None:
+            continue
+        integer = ids.dtype in (torch.int32, torch.int64)
+        require(integer, f"{name}: {kind} ids must be int32 or int64, not {ids.dtype}")
+        fits = ids.dim() == 2 and ids.shape[1] == input_ids.shape[1]
+        fits = fits and (ids.shape[0] == 1 or ids.shape[0] == input_ids.shape[0])
+        require(fits, f"{name}: {kind} ids {shape_of(ids)} do not fit input_ids {shape_of(input_ids)}")
+        fits = table.dim() == 2 and word_table.dim() == 2 and table.shape[1] == word_table.shape[1]
+        require(
+            fits, f"{name}: {kind} table {shape_of(table)} does not fit word_table {shape_of(word_table)}"
+        )
+    floating = {"position_table": position_table, "token_type_table": token_type_table}
+    require_floating(name, word_table=word_table, **floating, weight=weight, bias=bias)
+    require_last_dim(name, word_table, weight=weight, bias=bias)
+    return word_table.new_empty((*input_ids.shape, word_table.shape[1]))
+
+
+def _reference(
+    input_ids_BS: torch.Tensor,
+    word_table_VD: torch.Tensor,
+    position_ids_BS: torch.Tensor | None,
+    position_table_PD: torch.Tensor | None,
+    token_type_ids_BS: torch.Tensor | None,
+    token_type_table_ND: torch.Tensor | None,
+    weight_D: torch.Tensor | None,
+    bias_D: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    total_BSD = F.embedding(input_ids_BS, word_table_VD)
+    if token_type_ids_BS is not None and token_type_table_ND is not None:
+        total_BSD = total_BSD + F.embedding(token_type_ids_BS, token_type_table_ND)
+    if position_ids_BS is not None and position_table_PD is not None:
+        total_BSD = total_BSD + F.embedding(position_ids_BS, position_table_PD)
+    return F.layer_norm(total_BSD, word_table_VD.shape[1:], weight_D, bias_D, eps)
+
+
+def _cost(
+    input_ids: torch.Tensor,
+    word_table: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    token_type_table: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Cost:
+    """Ten operations an element at most; of a table only the rows that are looked up count."""
+    features = word_table.shape[1]
+    ids = [x for x in (input_ids, position_ids, token_type_ids) if x is not None]
+    rows = sum(x.numel() for x in ids) + input_ids.numel()  # read, and written
+    return Cost(
+        flops=(7.0 + len(ids)) * input_ids.numel() * features,
+        bytes=rows * features * word_table.element_size() + nbytes(*ids, weight, bias),
+    )
+
+
+def _onnx(
+    input_ids: Value,
+    word_table: Value,
+    position_ids: Value | None,
+    position_table: Value | None,
+    token_type_ids: Value | None,
+    token_type_table: Value | None,
+    weight: Value | None,
+    bias: Value | None,
+    eps: float,
+) -> Any:
+    """Gathers and a LayerNormalization, which beat EmbedLayerNormalization on the CPU.
+
+    At (1, 128) ids and 768 features in float32: 0.11 ms against 0.21 ms, and 0.58 ms where the last sum is an
+    Add, which ONNX Runtime fuses into SkipLayerNormalization (1.31, one thread of an AVX-512 CPU).
+    """
+    embeddings = [op.Gather(word_table, input_ids)]
+    if token_type_ids is not None:
+        embeddings.append(op.Gather(token_type_table, token_type_ids))
+    if position_ids is not None:
+        embeddings.append(op.Gather(position_table, position_ids))
+    total = embeddings[0]
+    if len(embeddings) == 3:
+        total = op.Add(total, embeddings[1])
+    if len(embeddings) > 1:
+        total = op.Sum(total, embeddings[-1])
+    return lowering.layer_norm(total, word_table, weight, bias, eps)
+
+
+def _samples() -> Iterator[Sample]:
+    words, positions, types = torch.randn(50, 24), torch.randn(16, 24), torch.randn(3, 24)
+    weight, bias = torch.randn(24), torch.randn(24)
+    ids = torch.randint(50, (2, 5))
+    position_ids, type_ids = torch.arange(5)[None], torch.randint(3, (2, 5))
+    every = ids, words, position_ids, positions, type_ids, types
+    yield Sample((*every, weight, bias, 1e-12), label="BERT")
+    shifted = (ids, words, position_ids + torch.tensor([[2], [7]]), positions, type_ids, types)
+    yield Sample((*shifted, weight, bias, 1e-5), label="positions a sequence")
+    narrow = (ids.int(), words, position_ids.int(), positions, type_ids.int(), types)
+    yield Sample((*narrow, weight, bias, 1e-5), label="int32 ids")
+    yield Sample((ids, words, position_ids, positions, None, None, weight, bias, 1e-12), label="DistilBERT")
+    yield Sample((ids, words, None, None, type_ids, types, weight, None, 1e-7), label="DeBERTa, no bias")
+    yield Sample((ids, words, None, None, None, None, None, None, 1e-5), label="words only, no weight")
+
+
+def _bad_samples() -> Iterator[BadSample]:
+    ids, words, weight = torch.randint(50, (2, 5)), torch.randn(50, 24), torch.randn(24)
+    rest = (None, None, weight, None, 1e-5)
+    yield BadSample((ids[0], words, None, None, *rest), match="input_ids must be")
+    yield BadSample((ids.float(), words, None, None, *rest), match="input ids must be int32 or int64")
+    yield BadSample((ids, words, ids, None, *rest), match="position ids and table come together")
+    yield BadSample((ids, words, ids[:, :3], words, *rest), match=r"position ids \(2, 3\) do not fit")
+    yield BadSample((ids, words, ids, words[:, :8], *rest), match=r"position table \(50, 8\) does not fit")
+    yield BadSample((ids, words, ids, words.double(), *rest), match="position_table is torch.float64")
+    yield BadSample((ids, words, None, None, None, None, weight[:8], None, 1e-5), match="weight has shape")
+
+
+OP = register(Op("embedding_layer_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))

@@ -1,0 +1,1 @@
+"""One file a pass, and the ordered pipeline in ``default.py``."""

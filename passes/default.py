@@ -1,0 +1,92 @@
+"""The pipeline: which passes run, in which order, and why there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from graphopt.compiler.pass_ import Pass, find
+from graphopt.passes import (
+    fold_attention_mask,
+    fold_constants,
+    fold_conv_batch_norm,
+    fold_index,
+    fold_linear_reshape,
+    fuse_add_layer_norm,
+    fuse_add_rms_norm,
+    fuse_attention,
+    fuse_bias_gelu,
+    fuse_embedding_layer_norm,
+    fuse_gated_mlp,
+    fuse_gelu,
+    fuse_linear,
+    fuse_rms_norm,
+    fuse_rope,
+    merge_common_subexpressions,
+    merge_linears,
+    remove_dead_code,
+    remove_noops,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place in the pipeline.
+
+    Args:
+        rule: the pass.
+        why: the reason for its place.
+    """
+
+    rule: Pass
+    why: str
+
+
+PIPELINE: tuple[Entry, ...] = (
+    Entry(remove_noops.PASS, "patterns then see producers, not casts and views that do nothing"),
+    Entry(fold_index.PASS, "needs the ranges that index a mask before folding makes constants of them"),
+    Entry(
+        fuse_embedding_layer_norm.PASS, "needs the lookups before folding makes a row of the position table"
+    ),
+    Entry(
+        fold_constants.PASS, "masks, positions and rotary tables become values that later passes can look at"
+    ),
+    Entry(merge_common_subexpressions.PASS, "rotary tables and masks built once a layer become one"),
+    Entry(remove_noops.PASS, "folding shows additions of 0 and masks that are true everywhere"),
+    Entry(fold_conv_batch_norm.PASS, "before anything looks at what follows a convolution"),
+    Entry(fuse_linear.PASS, "one spelling of a projection for every pass below"),
+    Entry(fold_linear_reshape.PASS, "a projection's own neighbours then stand next to it"),
+    Entry(fuse_gelu.PASS, "a spelled-out GELU is one node before it is fused with its bias"),
+    Entry(fuse_rms_norm.PASS, "before the residual norms, which match the whole norm"),
+    Entry(fuse_rope.PASS, "before attention, whose transposes it shares"),
+    Entry(fuse_attention.PASS, "after rope, so that both agree on tokens first"),
+    Entry(remove_noops.PASS, "transposes put around rope and attention cancel"),
+    Entry(fold_attention_mask.PASS, "looks at the mask that attention carries"),
+    Entry(merge_linears.PASS, "finds Q, K and V behind attention; its merged weight is what others then see"),
+    Entry(fuse_gated_mlp.PASS, "before bias and GELU are fused, which would hide a GeGLU's gate"),
+    Entry(fuse_bias_gelu.PASS, "what is left of linear + GELU"),
+    Entry(fuse_add_layer_norm.PASS, "after embedding_layer_norm, which also ends in a norm of a sum"),
+    Entry(fuse_add_rms_norm.PASS, "after rms_norm"),
+    Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
+    Entry(merge_common_subexpressions.PASS, "half rotary tables, once a layer, become one"),
+    Entry(remove_dead_code.PASS, "last: what the others left behind"),
+)
+
+
+def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str] = ()) -> list[Pass]:
+    """The passes that run.
+
+    Args:
+        level: passes of this level and below run; 0 runs none.
+        enable: exact names of passes to run although their level is higher.
+        disable: exact names of passes to leave out.
+
+    Raises:
+        PassError: a name is unknown; near names are listed.
+    """
+    wanted, unwanted = [find(name).name for name in enable], [find(name).name for name in disable]
+    return [
+        entry.rule
+        for entry in PIPELINE
+        if entry.rule.name not in unwanted and (entry.rule.level <= level or entry.rule.name in wanted)
+    ]

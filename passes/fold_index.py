@@ -1,0 +1,52 @@
+"""index(x, [arange(B) as (B,1,1,1), arange(S) as (1,1,1,S)]) -> reshape(x, (B,1,1,S)): reading in order is a view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.compiler.pass_ import Pass, register
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.graph import same_size
+from graphopt.ir.pattern import Call, Match, Var
+from graphopt.passes._ranges import as_range
+
+aten = torch.ops.aten
+
+pattern = Call(aten.index.Tensor, Var("x"), Var("indices"))
+
+
+def check(match: Match) -> str | None:
+    """Every dimension must be indexed by its whole range, each range along a dimension of its own, in order."""
+    shape, indices = match.val("x").shape, match["indices"]
+    if len(indices) != len(shape) or any(index is None for index in indices):
+        return "not every dimension is indexed"
+    last = -(10**9)
+    for position, (size, index) in enumerate(zip(shape, indices, strict=True)):
+        found = as_range(match.graph, index)
+        if found is None:
+            return f"index {position} is not a range"
+        if found.start != 0 or not same_size(found.length, size):
+            return f"index {position} is not the whole dimension of size {size}"
+        if found.dim <= last:
+            return "the ranges do not run along the dimensions in order"
+        last = found.dim
+    return None
+
+
+def rewrite(rewriter: Rewriter, match: Match) -> None:
+    """Insert the dimensions of size 1 that the indices' broadcasting makes."""
+    ranges = [as_range(match.graph, index) for index in match["indices"]]
+    rank = match.root.meta["val"].dim()
+    own = {found.dim % rank for found in ranges if found is not None}
+    value: Any = match["x"]
+    for dim in range(rank):
+        if dim not in own:
+            value = rewriter.call(aten.unsqueeze.default, value, dim)
+    assert isinstance(value, fx.Node)
+    rewriter.replace(match.root, value)
+
+
+PASS = register(Pass("fold_index", "fold", pattern, rewrite, check))

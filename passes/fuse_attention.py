@@ -1,0 +1,82 @@
+"""scaled_dot_product_attention(q, k, v) over heads first -> attention(q, k, v) over tokens first, kv heads unrepeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.compiler.pass_ import Pass, register
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.graph import same_size
+from graphopt.ir.pattern import Call, Match, Var
+from graphopt.kernels.attention import OP as ATTENTION
+from graphopt.passes._scalars import tensor
+
+aten = torch.ops.aten
+
+pattern = Call(
+    aten.scaled_dot_product_attention.default,
+    tensor("q", rank=4),
+    tensor("k", rank=4),
+    tensor("v", rank=4),
+    Var("mask"),
+    dropout_p=Var("dropout"),
+    is_causal=Var("causal"),
+    scale=Var("scale"),
+    enable_gqa=Var("gqa"),
+)
+
+
+def check(match: Match) -> str | None:
+    """Inference only, one batch size, and a mask that broadcasts over (batch, heads, queries, keys)."""
+    if match["dropout"]:
+        return f"it drops out with probability {match['dropout']}"
+    q, k, v = match.val("q"), match.val("k"), match.val("v")
+    if not same_size(q.shape[0], k.shape[0]) or not same_size(k.shape[0], v.shape[0]):
+        return "query, key and value differ in batch size"
+    if not same_size(k.shape[1], v.shape[1]):
+        return "key and value differ in the number of heads"
+    if match["mask"] is not None and match.val("mask").dim() > 4:
+        return f"the mask has {match.val('mask').dim()} dimensions"
+    return None
+
+
+def rewrite(rewriter: Rewriter, match: Match) -> None:
+    """Transpose once around the op (which cancels against the transposes already there)."""
+    query = _tokens_first(rewriter, match["q"])
+    key, value = (_tokens_first(rewriter, _unrepeated(match[name])) for name in ("k", "v"))
+    if key.meta["val"].shape[2] != value.meta["val"].shape[2]:
+        key, value = (_tokens_first(rewriter, match[name]) for name in ("k", "v"))
+    args = (query, key, value, match["mask"], match["causal"], match["scale"])
+    attended = rewriter.call(ATTENTION.overload, *args)
+    rewriter.replace(match.root, rewriter.call(aten.transpose.int, attended, 1, 2))
+
+
+def _tokens_first(rewriter: Rewriter, node: fx.Node) -> fx.Node:
+    """(B, H, S, D) as (B, S, H, D): the source of the transpose where there is one."""
+    if node.target is aten.transpose.int and {dim % 4 for dim in node.args[1:]} == {1, 2}:  # type: ignore[operator]
+        source: Any = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return rewriter.call(aten.transpose.int, node, 1, 2)
+
+
+def _unrepeated(node: fx.Node) -> fx.Node:
+    """k behind ``reshape(expand(unsqueeze(k, 2), (B, K, n, T, D)), (B, K * n, T, D))``, where repeated so."""
+    expand: Any = node.args[0] if node.target is aten.reshape.default else None
+    if not isinstance(expand, fx.Node) or expand.target is not aten.expand.default:
+        return node
+    unsqueeze: Any = expand.args[0]
+    if not isinstance(unsqueeze, fx.Node) or unsqueeze.target is not aten.unsqueeze.default:
+        return node
+    source: Any = unsqueeze.args[0]
+    repeated, original = node.meta["val"], source.meta["val"]
+    same_rest = original.dim() == repeated.dim() == 4 and all(
+        same_size(original.shape[dim], repeated.shape[dim]) for dim in (0, 2, 3)
+    )
+    return source if unsqueeze.args[1] == 2 and same_rest else node
+
+
+PASS = register(Pass("fuse_attention", "fuse", pattern, rewrite, check))

@@ -1,0 +1,97 @@
+"""x * cos + rotate_half(x) * sin, with cos and sin of angles written twice -> rope(x, cos, sin), tokens first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.compiler.pass_ import Pass, register
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.graph import Graph, size_hint
+from graphopt.ir.pattern import Call, Match, Or, Var, shared_inside
+from graphopt.kernels.rope import OP as ROPE
+from graphopt.passes._scalars import tensor
+
+aten = torch.ops.aten
+add, mul = aten.add.Tensor, aten.mul.Tensor
+_END = 2**63 - 1
+
+
+def _half(name: str, start: Any, end: Any) -> Call:
+    dims = Var(f"{name}_dim", lambda dim: dim in (3, -1), "the last dimension")
+    return Call(aten.slice.Tensor, Var("x"), dims, start, end)
+
+
+_x = tensor("x", rank=4)
+_rotated = Call(
+    aten.cat.default,
+    [
+        Call(aten.neg.default, _half("upper", Var("middle"), Var("end"))),
+        _half("lower", Var("start", lambda v: v in (0, None)), Var("middle")),
+    ],
+    Var("axis", lambda dim: dim in (3, -1), "the last dimension"),
+)
+_straight = Call(mul, _x, tensor("cos"), commutative=True)
+_turned = Call(mul, _rotated, tensor("sin"), commutative=True)
+
+pattern = Or(Call(add, _straight, _turned, commutative=True))
+
+
+def check(match: Match) -> str | None:
+    """Halves must be halves, and the tables must hold every angle twice."""
+    width = match.val("x").shape[-1]
+    if not isinstance(width, int) or match["middle"] * 2 != width or match["end"] not in (width, None, _END):
+        return f"the rotated parts are not the halves of {width} features"
+    shared = shared_inside(match)
+    if shared:
+        return f"{shared[0].name} is also read by {shared[1].name}"
+    for name in ("cos", "sin"):
+        shape = match.val(name).shape
+        if len(shape) != 4 or shape[1] != 1 or shape[-1] != width:
+            return f"the {name} table has shape {list(shape)}, not (batch, 1, tokens, {width})"
+        if not _written_twice(match.graph, match[name]):
+            return f"the {name} table is not known to hold each angle twice"
+    return None
+
+
+def rewrite(rewriter: Rewriter, match: Match) -> None:
+    """Half tables, tokens first; the transposes cancel against those already there."""
+    tables = [_half_table(rewriter, match, name) for name in ("cos", "sin")]
+    tokens_first = rewriter.call(aten.transpose.int, match["x"], 1, 2)
+    turned = rewriter.call(ROPE.overload, tokens_first, *tables)
+    rewriter.replace(match.root, rewriter.call(aten.transpose.int, turned, 1, 2))
+
+
+def _half_table(rewriter: Rewriter, match: Match, name: str) -> fx.Node:
+    table, width = match[name], match["middle"]
+    flat = rewriter.call(aten.squeeze.dim, table, 1)
+    return rewriter.call(aten.slice.Tensor, flat, 2, 0, width)
+
+
+_POINTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype, aten.unsqueeze.default, aten.expand.default)
+
+
+def _written_twice(graph: Graph, node: Any) -> bool:
+    """True when the last dimension is ``cat([a, a])`` behind pointwise ops and inserted dimensions."""
+    while isinstance(node, fx.Node):
+        constant = graph.constant(node)
+        if constant is not None:
+            middle = constant.shape[-1] // 2
+            return torch.equal(constant[..., :middle], constant[..., middle:])
+        if node.op != "call_function":
+            return False
+        if node.target is aten.cat.default:
+            parts: Any = node.args[0]
+            last = node.meta["val"].dim() - 1
+            dim = node.args[1] if len(node.args) > 1 else 0
+            return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, last)
+        scaled = node.target is mul and isinstance(node.args[1], (int, float))
+        if node.target not in _POINTWISE and not scaled:
+            return False
+        node = node.args[0]
+    return False
+
+
+PASS = register(Pass("fuse_rope", "fuse", pattern, rewrite, check))

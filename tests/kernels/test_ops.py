@@ -1,0 +1,372 @@
+"""Every registered op through all its faces, by one set of functions.
+
+A result is right if it is at most twice as far from the reference in float64 as torch is in the same dtype,
+with a floor of a few ulp of the largest exact value.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import graphopt.kernels  # noqa: F401
+from graphopt.ir.op import OPS, BadSample, Cost, Op, Sample, op_of, register
+from graphopt.kernels._onnx import OPSET, tuned_for
+
+FLOOR_ULP = 8
+KERNEL_OPS = list(OPS.values())  # before a test registers a toy
+
+
+@functools.cache
+def samples(name: str) -> list[Sample]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return list(OPS[name].samples())
+
+
+CASES = [
+    pytest.param(op, sample, id=f"{op.name}-{sample.label}")
+    for op in KERNEL_OPS
+    for sample in samples(op.name)
+]
+BAD = [pytest.param(op, bad, id=f"{op.name}-{bad.match}") for op in KERNEL_OPS for bad in op.bad_samples()]
+over_samples = pytest.mark.parametrize(("op", "sample"), CASES)
+over_ops = pytest.mark.parametrize("op", KERNEL_OPS, ids=lambda op: op.name)
+
+
+def mapped(sample: Sample, change: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
+    """The sample with every tensor changed."""
+
+    def each(x: Any) -> Any:
+        return change(x) if isinstance(x, torch.Tensor) else x
+
+    kwargs = {name: each(x) for name, x in sample.kwargs.items()}
+    return replace(sample, args=tuple(each(x) for x in sample.args), kwargs=kwargs)
+
+
+def cast(sample: Sample, dtype: torch.dtype) -> Sample:
+    return mapped(sample, lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
+def tensors(sample: Sample) -> list[torch.Tensor]:
+    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, torch.Tensor)]
+
+
+def outputs(function: Callable[..., Any], sample: Sample) -> list[torch.Tensor]:
+    result = function(*sample.args, **sample.kwargs)
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return (actual.double() - exact).abs().max().nan_to_num(math.inf, math.inf).item()
+
+
+def assert_right(
+    op: Op, sample: Sample, actual: list[torch.Tensor], torch_is_the_measure: bool = True
+) -> None:
+    """Compare with the reference in float64 on the same numbers."""
+    exact = outputs(op.reference, cast(sample, torch.float64))
+    originals = outputs(op.reference, sample)
+    assert len(actual) == len(exact)
+    for mine, original, truth in zip(actual, originals, exact, strict=True):
+        assert mine.shape == truth.shape
+        assert mine.dtype == original.dtype
+        allowed = FLOOR_ULP * torch.finfo(original.dtype).eps * truth.abs().max().item()
+        if torch_is_the_measure:
+            allowed = max(allowed, 2 * error(original, truth))
+        assert error(mine, truth) <= allowed
+
+
+def within_half(op: Op, sample: Sample) -> bool:
+    """Whether the results stay finite in float16."""
+    exact = outputs(op.reference, cast(cast(sample, torch.float16), torch.float64))
+    return all(x.abs().max() < torch.finfo(torch.float16).max / 2 for x in exact)
+
+
+# The op in torch: reference, dispatcher, shape rule, refusals, cost.
+
+
+@over_samples
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_reference_is_right_in_every_dtype(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    sample = cast(sample, dtype)
+    if dtype == torch.float16 and not within_half(op, sample):
+        pytest.skip("overflows float16")
+    assert_right(op, sample, outputs(op, sample), torch_is_the_measure=False)
+
+
+@over_samples
+def test_schema_and_fake_implementation_hold(op: Op, sample: Sample) -> None:
+    torch.library.opcheck(
+        op.overload, sample.args, sample.kwargs, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@over_ops
+def test_op_compiles_with_dynamic_shapes(op: Op) -> None:
+    first = samples(op.name)[0]
+    torch.library.opcheck(op.overload, first.args, first.kwargs, test_utils="test_aot_dispatch_dynamic")
+
+
+@over_samples
+def test_shape_rule_predicts_the_real_outputs(op: Op, sample: Sample) -> None:
+    predicted = outputs(op.shape, mapped(sample, lambda x: x.to("meta")))
+    real = outputs(op, sample)
+    assert [(x.shape, x.dtype, x.stride()) for x in predicted] == [
+        (x.shape, x.dtype, x.stride()) for x in real
+    ]
+
+
+@pytest.mark.parametrize(("op", "bad"), BAD)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_arguments_are_refused(op: Op, bad: BadSample, device: str) -> None:
+    moved = mapped(Sample(bad.args, bad.kwargs), lambda x: x.to(device))
+    with pytest.raises(bad.error, match=bad.match) as refusal:
+        op(*moved.args, **moved.kwargs)
+    assert str(refusal.value).startswith(f"{op.name}: ")
+
+
+@over_samples
+def test_cost_is_positive_and_needs_no_data(op: Op, sample: Sample) -> None:
+    cost = op.cost(*sample.args, **sample.kwargs)
+    meta = mapped(sample, lambda x: x.to("meta"))
+    assert cost == op.cost(*meta.args, **meta.kwargs)
+    assert cost.flops > 0
+    moved = sum(x.nbytes for x in outputs(op, sample))
+    assert cost.bytes > moved
+
+
+@over_ops
+def test_cost_doubles_with_the_batch(op: Op) -> None:
+    first = samples(op.name)[0]
+    batch = tensors(first)[0].shape[0]  # samples keep it apart from every other leading size
+    double = mapped(first, lambda x: torch.cat([x, x]) if x.shape[0] == batch else x)
+    once, twice = op.cost(*first.args, **first.kwargs), op.cost(*double.args, **double.kwargs)
+    assert twice.flops == 2 * once.flops
+    assert once.bytes < twice.bytes <= 2 * once.bytes
+
+
+def test_registry_finds_an_op_by_its_overload() -> None:
+    assert all(op_of(op.overload) is op for op in KERNEL_OPS)
+    assert op_of(torch.ops.aten.add.Tensor) is None
+
+
+# The ONNX lowering, against the reference in ONNX Runtime.
+
+
+class Calls(torch.nn.Module):
+    """One call of an op for every sample; the samples' tensors are the inputs."""
+
+    def __init__(self, op: Op, calls: list[Sample]) -> None:
+        super().__init__()
+        self.op, self.calls = op, calls
+
+    def forward(self, *inputs: torch.Tensor) -> list[list[torch.Tensor]]:
+        given = iter(inputs)
+        return [outputs(self.op.overload, mapped(call, lambda _: next(given))) for call in self.calls]
+
+
+@dataclass
+class Exported:
+    """All of an op's samples as one ONNX model, run once.
+
+    Args:
+        calls: the samples, as they were run.
+        results: ONNX Runtime's outputs of every sample.
+        nodes: the operators that every sample's outputs depend on.
+    """
+
+    calls: list[Sample]
+    results: list[list[torch.Tensor]]
+    nodes: list[list[str]]
+
+
+def auto_dims(name: str, x: torch.Tensor) -> dict[int, Any]:
+    """Batch and length of anything but a vector, and every dimension of a mask, are dynamic."""
+    last = x.dim() if name == "mask" else 2 if x.dim() >= 2 else 0
+    return dict.fromkeys(range(last), torch.export.Dim.AUTO)
+
+
+def doubled(program: torch.export.ExportedProgram, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs with every dynamic dimension twice as long."""
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    grown = []
+    for node, x in zip(placeholders, inputs, strict=True):
+        for axis, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+                x = torch.cat([x, x], dim=axis)
+        grown.append(x)
+    return grown
+
+
+def operators(model: onnx.ModelProto, names: list[str]) -> list[str]:
+    """The operators that some outputs of a model depend on."""
+    producers = {name: node for node in model.graph.node for name in node.output if name}
+    found, seen, pending = [], set(), list(names)
+    while pending:
+        node = producers.get(pending.pop())
+        if node is not None and id(node) not in seen:
+            seen.add(id(node))
+            found.append(node.op_type)
+            pending += node.input
+    return found
+
+
+def run_onnx(model: onnx.ModelProto, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = {given.name: x.numpy() for given, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(x) for x in session.run(None, feed)]
+
+
+def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+    table = {op.overload: op.onnx for op in OPS.values()}
+    exported = torch.onnx.export(
+        program, dynamo=True, custom_translation_table=table, opset_version=OPSET, verbose=False
+    )
+    assert exported is not None
+    return exported.model_proto
+
+
+@functools.cache
+def exported(name: str, tuning: Any, dynamic: bool, dtype: torch.dtype) -> Exported:
+    op = OPS[name]
+    calls = [mapped(cast(sample, dtype), torch.clone) for sample in samples(name)]
+    if dtype == torch.float16:
+        calls = [call for call in calls if within_half(op, call)]
+    inputs = [x for call in calls for x in tensors(call)]
+    names = [argument.name for argument in op.overload._schema.arguments]
+    dims = [
+        auto_dims(given, x)
+        for call in calls
+        for given, x in (*zip(names, call.args, strict=False), *call.kwargs.items())
+        if isinstance(x, torch.Tensor)
+    ]
+    program = torch.export.export(
+        Calls(op, calls), tuple(inputs), dynamic_shapes=(tuple(dims),) if dynamic else None, strict=False
+    )
+    with tuned_for(tuning):
+        model = to_onnx(program)
+    if dynamic:
+        grown = iter(doubled(program, inputs))
+        calls = [mapped(call, lambda _: next(grown)) for call in calls]
+    results = iter(run_onnx(model, [x for call in calls for x in tensors(call)]))
+    names_left = iter(value.name for value in model.graph.output)
+    per_call = [len(outputs(op, call)) for call in calls]
+    return Exported(
+        calls,
+        [[next(results) for _ in range(n)] for n in per_call],
+        [operators(model, [next(names_left) for _ in range(n)]) for n in per_call],
+    )
+
+
+VARIANTS = [
+    pytest.param("any", True, torch.float32, id="dynamic"),
+    pytest.param("cpu", False, torch.float32, id="static, tuned for the CPU"),
+    pytest.param("any", False, torch.float16, id="float16"),
+]
+
+
+@over_samples
+@pytest.mark.parametrize(("tuning", "dynamic", "dtype"), VARIANTS)
+def test_onnx_runtime_agrees(op: Op, sample: Sample, tuning: str, dynamic: bool, dtype: torch.dtype) -> None:
+    run = exported(op.name, tuning, dynamic, dtype)
+    at = [i for i, call in enumerate(run.calls) if call.label == sample.label]
+    if not at:
+        pytest.skip("overflows float16")
+    (i,) = at
+    if dynamic and tensors(sample)[0].dim() > 1:
+        assert tensors(run.calls[i])[0].shape != tensors(sample)[0].shape
+    assert_right(op, run.calls[i], run.results[i])
+
+
+NORM = {"any": "SkipLayerNormalization", "cpu": "LayerNormalization"}
+RMS = {"any": "SkipSimplifiedLayerNormalization", "cpu": "RMSNormalization"}
+MAIN_NODES = [
+    ("attention", "no mask", "MultiHeadAttention"),
+    ("attention", "key padding", "Attention"),
+    ("attention", "grouped heads, causal", "Attention"),
+    ("add_layer_norm", "weight and bias", NORM),
+    ("add_layer_norm", "four dimensions", "LayerNormalization"),
+    ("add_rms_norm", "weight", RMS),
+    ("rms_norm", "weight", "RMSNormalization"),
+    ("rope", "halves", "RotaryEmbedding"),
+    ("rope", "interleaved, partial, a table a sequence", "RotaryEmbedding"),
+    ("bias_gelu", "exact", "BiasGelu"),
+    ("bias_gelu", "tanh", "Gelu"),
+    ("embedding_layer_norm", "BERT", "LayerNormalization"),
+    ("gated_mlp", "gelu", "Gelu"),
+]
+
+
+@pytest.mark.parametrize(("name", "label", "node"), MAIN_NODES)
+@pytest.mark.parametrize("tuning", ["any", "cpu"])
+def test_onnx_has_the_intended_node(name: str, label: str, node: Any, tuning: str) -> None:
+    run = exported(name, tuning, tuning == "any", torch.float32)
+    (nodes,) = (found for call, found in zip(run.calls, run.nodes, strict=True) if call.label == label)
+    assert nodes.count(node if isinstance(node, str) else node[tuning]) == 1
+
+
+def test_every_op_has_an_intended_node() -> None:
+    assert {name for name, _, _ in MAIN_NODES} == {op.name for op in KERNEL_OPS}
+
+
+@pytest.mark.parametrize(("tuning", "dynamic", "dtype"), VARIANTS)
+def test_attention_is_always_one_node(tuning: str, dynamic: bool, dtype: torch.dtype) -> None:
+    for nodes in exported("attention", tuning, dynamic, dtype).nodes:
+        assert sum(node in ("Attention", "MultiHeadAttention") for node in nodes) == 1
+        assert "Softmax" not in nodes
+
+
+# The Triton kernel, where an op has one.
+
+
+def check_triton(op: Op, sample: Sample) -> None:
+    if op.triton is None:
+        pytest.skip("no Triton kernel yet")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert_right(op, sample, outputs(op.triton, sample))
+
+
+@over_samples
+def test_triton_is_right(op: Op, sample: Sample) -> None:
+    check_triton(op, sample)
+
+
+@pytest.fixture
+def toy() -> Iterator[Op]:
+    def shape(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    yield register(
+        Op(
+            "toy_double",
+            "(Tensor x) -> Tensor",
+            shape,
+            lambda x: x + x,
+            lambda x: Cost(x.numel(), 2 * x.nbytes),
+            lambda x: x,
+            lambda: [Sample((torch.randn(7),))],
+            list,
+            triton=lambda x: 2 * x,
+        )
+    )
+    del OPS["toy_double"]
+
+
+def test_triton_check_tells_right_from_wrong(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for Triton, so that the check is known to bite wherever the tests run."""
+    monkeypatch.setitem(__import__("sys").modules, "triton", torch)
+    (sample,) = toy.samples()
+    check_triton(toy, sample)
+    with pytest.raises(AssertionError):
+        check_triton(replace(toy, triton=lambda x: 2 * x + 1e-3), sample)
+    with pytest.raises(pytest.skip.Exception, match="no Triton kernel yet"):
+        check_triton(replace(toy, triton=None), sample)
