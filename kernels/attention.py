@@ -170,7 +170,7 @@ def _onnx(
     if scale is not None and scale <= 0:  # both nodes refuse it
         query, scale = op.Mul(query, scale), 1.0
     packed = [op.Reshape(x, [0, 0, -1]) for x in (query, key, value)]
-    if mask is None and heads == kv_heads:
+    if mask is None and not is_causal and heads == kv_heads:
         out = emit("MultiHeadAttention", *packed, num_heads=heads, scale=scale)
     else:
         out = emit(

@@ -88,7 +88,7 @@ def _reference(
     activation: str = "silu",
 ) -> torch.Tensor:
     gate = _ACTIVATIONS[activation](F.linear(x, gate_weight_ID, gate_bias_I))
-    return (gate * F.linear(x, up_weight_ID, up_bias_I)).contiguous()
+    return (gate * F.linear(x, up_weight_ID, up_bias_I)).contiguous().double()
 
 
 def _cost(

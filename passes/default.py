@@ -67,8 +67,8 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fuse_bias_gelu.PASS, "what is left of linear + GELU"),
     Entry(fuse_add_layer_norm.PASS, "after embedding_layer_norm, which also ends in a norm of a sum"),
     Entry(fuse_add_rms_norm.PASS, "after rms_norm"),
-    Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
     Entry(merge_common_subexpressions.PASS, "half rotary tables, once a layer, become one"),
+    Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
     Entry(remove_dead_code.PASS, "last: what the others left behind"),
 )
 

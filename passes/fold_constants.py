@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
@@ -27,9 +27,15 @@ def pattern(graph: Graph) -> Iterator[Match]:
         elif node.op == "call_function" and _foldable(node) and all(s in known for s in node.all_input_nodes):
             known[node] = {node}.union(*(known[source] for source in node.all_input_nodes))
     for node, region in known.items():
-        last = not all(user in known for user in node.users)
-        if last and node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
-            yield Match(graph, node, tuple(sorted(region)))
+        if node.op == "call_function" and isinstance(node.meta["val"], torch.Tensor):
+            readers = [user for user in node.users if user not in known or _stays(user, known)]
+            if readers and not _stays(node, known):
+                yield Match(graph, node, tuple(sorted(region)))
+
+
+def _stays(node: fx.Node, known: Collection[fx.Node]) -> bool:
+    """True for an expand that something else reads: as a constant it would hold its copies."""
+    return node.target is aten.expand.default and any(user not in known for user in node.users)
 
 
 def check(match: Match) -> str | None:
@@ -49,13 +55,11 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 
 
 def _foldable(node: fx.Node) -> bool:
-    """False for randomness, effects and sizes, and for an expand: as a constant it would hold its copies."""
+    """False for randomness, effects, and sizes that vary."""
     tags = getattr(node.target, "tags", ())
     if torch.Tag.nondeterministic_seeded in tags or has_effect(node) or is_symbolic(node):
         return False
-    if any(isinstance(size, torch.SymInt) for size in getattr(node.meta["val"], "shape", ())):
-        return False
-    return node.target is not aten.expand.default
+    return not any(isinstance(size, torch.SymInt) for size in getattr(node.meta["val"], "shape", ()))
 
 
 PASS = register(Pass("fold_constants", "fold", pattern, rewrite, check))
