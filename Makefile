@@ -15,7 +15,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.installed  ## optimize a real model, embed real sentences, write report.html
-	"$(VENV)/bin/python" examples/demo.py $(ARGS)
+	$(RUN) examples.demo $(ARGS)
 
 test: .venv/.installed  ## run the tests, but for the slow ones
 	$(RUN) pytest $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -363,7 +364,7 @@ def toy() -> Iterator[Op]:
 
 def test_triton_check_tells_right_from_wrong(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for Triton, so that the check is known to bite wherever the tests run."""
-    monkeypatch.setitem(__import__("sys").modules, "triton", torch)
+    monkeypatch.setitem(sys.modules, "triton", torch)
     (sample,) = toy.samples()
     check_triton(toy, sample)
     with pytest.raises(AssertionError):
