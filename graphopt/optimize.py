@@ -14,7 +14,7 @@ import graphopt.kernels  # noqa: F401  (registers the ops)
 from graphopt.capture.export import capture, from_program
 from graphopt.capture.inputs import Dynamic
 from graphopt.compiler.compare import compare
-from graphopt.compiler.evaluate import evaluate
+from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.manager import Outcome, PassManager
 from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
@@ -89,8 +89,8 @@ def optimize(
         manager = PassManager(passes, remarks, where.limits, on_pass=clock.within(0.2, 0.4))
         outcome = manager.run(graph, inputs)
     with clock.stage("verify", 0.4):
-        reference = evaluate(captured, _results(captured), _given(captured, inputs), float64=True)
-        before = evaluate(captured, _results(captured), _given(captured, inputs))
+        reference = outputs(captured, inputs, float64=True)
+        before = outputs(captured, inputs)
         outcome = _verified(outcome, captured, inputs, (before, reference), manager)
     with clock.stage("lower", 0.5):
         candidates = plan_candidates(captured, outcome.graph, executors, where, remarks)
@@ -104,20 +104,22 @@ def optimize(
 def _verified(
     outcome: Outcome, captured: Graph, inputs: Sequence[torch.Tensor], wanted: Any, manager: PassManager
 ) -> Outcome:
-    """The rewritten model, compared end to end; verdicts that were shared between layers are not taken on trust.
+    """The rewritten model, compared end to end: verdicts shared between layers are not taken on trust.
 
     Should it differ, every site is verified on its own; should it differ still, nothing is rewritten.
     """
     before, reference = wanted
     for attempt in (outcome, None):
         if attempt is None:
+            manager.remarks.rollback(0)
             manager.remarks.add("analysis", "verify", None, "the whole differs: every site is verified again")
             manager.share = False
             attempt = manager.run(captured.clone(), inputs)
-        after = evaluate(attempt.graph, _results(attempt.graph), _given(attempt.graph, inputs))
+        after = outputs(attempt.graph, inputs)
         found = compare(before, after, reference, MODEL_FLOOR_ULPS)
         if found.ok:
             return attempt
+    manager.remarks.rollback(0)
     manager.remarks.add("missed", "verify", None, f"all rewrites were reverted: end to end, {found.reason}")
     return Outcome(captured.clone(), [])
 
@@ -159,14 +161,6 @@ def _tensors(graph: Graph, example: Any) -> list[torch.Tensor]:
 def _home(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> torch.device:
     tensors = (*model.parameters(), *model.buffers(), *inputs)
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _results(graph: Graph) -> list[torch.fx.Node]:
-    return graph.output.all_input_nodes
-
-
-def _given(graph: Graph, inputs: Sequence[torch.Tensor]) -> dict[torch.fx.Node, torch.Tensor]:
-    return dict(zip(graph.placeholders, inputs, strict=True))
 
 
 class _Clock:

@@ -8,14 +8,13 @@ recorded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import onnx.defs
 import onnx_ir as ir
 from onnxscript import opset23, values
+
+from graphopt.ir.tuning import tuning
 
 # The first opset with Attention, RMSNormalization and RotaryEmbedding. ONNX Runtime 1.30 and 1.31 have
 # kernels for all three on the CPU. Untyped, because onnxscript's annotations know nothing of onnx_ir.
@@ -24,23 +23,6 @@ op: Any = opset23
 
 # An onnx_ir.Value. The exporter reads the annotations of a lowering and stumbles over the class itself.
 Value: TypeAlias = Any
-
-Tuning = Literal["any", "cpu"]
-_tuning: ContextVar[Tuning] = ContextVar("graphopt_onnx_tuning", default="any")
-
-
-@contextmanager
-def tuned_for(device: Tuning) -> Iterator[None]:
-    """Choose which nodes the lowerings emit where the best one depends on the device.
-
-    Args:
-        device: "any" takes the fused node, "cpu" what ONNX Runtime's CPU provider runs fastest.
-    """
-    token = _tuning.set(device)
-    try:
-        yield
-    finally:
-        _tuning.reset(token)
 
 
 @functools.cache
@@ -138,7 +120,7 @@ def add_norm(
         The norm and the sum, both (..., D).
     """
     rank = len(x.shape) if x.shape is not None else None
-    if _tuning.get() == "any" and rank in (2, 3):  # the ranks that the fused nodes take
+    if tuning() == "any" and rank in (2, 3):  # the ranks that the fused nodes take
         scale = ones_like_last_dim(x) if weight is None else weight
         kept = (True, False, False, True)
         normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)

@@ -77,16 +77,18 @@ def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str
     """The passes that run.
 
     Args:
-        level: passes of this level and below run; 0 runs none.
-        enable: exact names of passes to run although their level is higher.
+        level: passes of this level and below run; 0 runs none but those enabled.
+        enable: exact names of passes to run although their level is higher, or although they have no place in
+            the pipeline; these run behind it.
         disable: exact names of passes to leave out.
 
     Raises:
         PassError: a name is unknown; near names are listed.
     """
     wanted, unwanted = [find(name).name for name in enable], [find(name).name for name in disable]
-    return [
-        entry.rule
-        for entry in PIPELINE
-        if entry.rule.name not in unwanted and (entry.rule.level <= level or entry.rule.name in wanted)
-    ]
+    listed = [entry.rule for entry in PIPELINE if entry.rule.level <= level or entry.rule.name in wanted]
+    placed = {entry.rule.name for entry in PIPELINE}
+    others = [find(name) for name in dict.fromkeys(wanted) if name not in placed]
+    last = [rule for rule in listed[-1:] if rule is remove_dead_code.PASS]  # clears up after all others
+    rules = [*listed[: len(listed) - len(last)], *others, *last]
+    return [rule for rule in rules if rule.name not in unwanted]

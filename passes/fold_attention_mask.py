@@ -1,4 +1,4 @@
-"""attention(mask=all true) -> no mask; attention(mask=key <= query and m) -> is_causal, mask=m; expanded mask -> mask."""
+"""attention(mask=true) -> no mask; attention(mask=causal & m) -> is_causal, mask=m; expanded mask -> mask."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph, same_size
+from graphopt.ir.graph import same_size
 from graphopt.ir.pattern import Call, Match, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
-from graphopt.passes._ranges import is_causal_comparison
+from graphopt.passes._ranges import as_uniform, is_causal
 from graphopt.passes._scalars import tensor
 
 aten = torch.ops.aten
@@ -45,55 +45,64 @@ class Known:
 
 def check(match: Match) -> str | None:
     """Refuse what cannot be simplified; the reason tells what the mask is."""
-    known = simplify(match.graph, match["mask"])
-    if known == Known(match["mask"], False):
-        return "the mask depends on the inputs: it is computed, not recognised"
-    return None
+    if simplify(match, match["mask"]) != Known(match["mask"], False):
+        return None
+    if match.constant("mask") is not None:
+        return "the mask is a constant that is neither true everywhere nor causal"
+    return "the mask depends on the inputs: it is computed, not recognised"
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Say what the mask says by the op's own arguments."""
-    known = simplify(match.graph, match["mask"])
+    known = simplify(match, match["mask"])
     causal = known.is_causal or match["causal"]
     args = (match["q"], match["k"], match["v"], known.rest, causal, match["scale"])
     rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args))
 
 
-def simplify(graph: Graph, mask: fx.Node) -> Known:
+def simplify(match: Match, mask: fx.Node) -> Known:
     """Take a mask apart as far as it is known."""
+    graph, val = match.graph, mask.meta["val"]
+    filled = as_uniform(graph, mask)
+    if filled is not None and filled == (val.dtype == torch.bool):  # true everywhere, or 0 added
+        return Known(None, False)
     constant = graph.constant(mask)
-    if constant is not None:
-        return _simplify_constant(mask, constant)
-    if is_causal_comparison(graph, mask):
+    if _covers_scores(match, val) and (is_causal(graph, mask) or _is_lower_triangle(constant)):
         return Known(None, True)
     if mask.target is aten.expand.default and mask.op == "call_function":
         source: Any = mask.args[0]
-        if source.meta["val"].dim() >= 2 and _broadcasts(source.meta["val"], mask.meta["val"]):
-            return simplify(graph, source)
+        if source.meta["val"].dim() >= 2 and _broadcasts(source.meta["val"], val):
+            return simplify(match, source)
     if mask.target in _ANDS and mask.op == "call_function":
         sides: Any = [argument(mask, "self"), argument(mask, "other")]
+        if any(side.meta["val"].dtype != torch.bool for side in sides):
+            return Known(mask, False)
         for this, other in (sides, sides[::-1]):
-            known = simplify(graph, this)
+            known = simplify(match, this)
             if known.rest is None and other.meta["val"].dim() >= 2:
-                rest = simplify(graph, other)
+                rest = simplify(match, other)
                 return Known(rest.rest, known.is_causal or rest.is_causal)
     return Known(mask, False)
 
 
-def _simplify_constant(node: fx.Node, mask: torch.Tensor) -> Known:
-    """All true (or all zero, added), or lower triangular."""
+def _covers_scores(match: Match, mask: torch.Tensor) -> bool:
+    """True when the mask has a row a query and a column a key: a single row serves every query alike."""
+    if mask.dim() < 2:
+        return False
+    queries, keys = match.val("q").shape[1], match.val("k").shape[1]
+    return same_size(mask.shape[-2], queries) and same_size(mask.shape[-1], keys)
+
+
+def _is_lower_triangle(mask: torch.Tensor | None) -> bool:
+    """True for a constant that allows the keys up to the query's position, and forbids the others."""
+    if mask is None or mask.dim() < 2:
+        return False
     if mask.dtype == torch.bool:
         allowed, forbidden = mask, ~mask
     else:
-        allowed = mask == 0
-        forbidden = mask <= torch.finfo(mask.dtype).min / 2
-    if bool(allowed.all()):
-        return Known(None, False)
-    if mask.dim() >= 2:
-        lower = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-        if bool((allowed == lower).all()) and bool((forbidden == ~lower).all()):
-            return Known(None, True)
-    return Known(node, False)
+        allowed, forbidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2
+    lower = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    return bool((allowed == lower).all()) and bool((forbidden == ~lower).all())
 
 
 def _broadcasts(source: torch.Tensor, target: torch.Tensor) -> bool:

@@ -7,17 +7,19 @@ import torch
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import users_outside
-from graphopt.ir.pattern import ANY, Call, Match, Var
+from graphopt.ir.pattern import ANY, Call, Match, Var, argument
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),  # "same", "valid"
+)
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 pattern = Call(
     aten.batch_norm.default,
-    Call(
-        CONVOLUTIONS, ANY, Var("w"), Var("b"), stride=ANY, padding=ANY, dilation=ANY, groups=ANY, name="conv"
-    ),
+    Call(CONVOLUTIONS, ANY, Var("w"), Var("b"), **dict.fromkeys(_GEOMETRY, ANY), name="conv"),
     Var("gamma"),
     Var("beta"),
     Var("mean"),
@@ -62,8 +64,10 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     )
     shifted = rewriter.constant(shift.to(weight.dtype), made_from, "batch norm folded")
     conv = match["conv"]
-    args = (conv.args[0], folded, shifted, *conv.args[3:])
-    rewriter.replace(match.root, rewriter.call(conv.target, *args, **conv.kwargs))
+    geometry = (argument(conv, name) for name in _GEOMETRY)
+    rewriter.replace(
+        match.root, rewriter.call(conv.target, argument(conv, "input"), folded, shifted, *geometry)
+    )
 
 
 PASS = register(Pass("fold_conv_batch_norm", "fold", pattern, rewrite, check))

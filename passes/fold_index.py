@@ -1,4 +1,4 @@
-"""index(x, [arange(B) as (B,1,1,1), arange(S) as (1,1,1,S)]) -> reshape(x, (B,1,1,S)): reading in order is a view."""
+"""index(x, [arange(B) as (B,1,1,1), arange(S) as (1,1,1,S)]) -> x as (B,1,1,S): read in order, no copy."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ pattern = Call(aten.index.Tensor, Var("x"), Var("indices"))
 
 
 def check(match: Match) -> str | None:
-    """Every dimension must be indexed by its whole range, each range along a dimension of its own, in order."""
+    """Every dimension must be indexed by its whole range, each along a dimension of its own, in order."""
     shape, indices = match.val("x").shape, match["indices"]
     if len(indices) != len(shape) or any(index is None for index in indices):
         return "not every dimension is indexed"
-    last = -(10**9)
+    result, own = match.root.meta["val"].shape, []
     for position, (size, index) in enumerate(zip(shape, indices, strict=True)):
         found = as_range(match.graph, index)
         if found is None:
             return f"index {position} is not a range"
         if found.start != 0 or not same_size(found.length, size):
             return f"index {position} is not the whole dimension of size {size}"
-        if found.dim <= last:
-            return "the ranges do not run along the dimensions in order"
-        last = found.dim
-    return None
+        own.append(found.dim % len(result))
+    if own != sorted(set(own)):
+        return "the ranges do not run along the dimensions in order"
+    repeated = any(not same_size(size, 1) for dim, size in enumerate(result) if dim not in own)
+    return "the indices also repeat values" if repeated else None
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention(q, k, v) over heads first -> attention(q, k, v) over tokens first, kv heads unrepeated."""
+"""scaled_dot_product_attention(q, k, v), heads first -> attention(q, k, v), tokens first, no k repeated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import same_size
-from graphopt.ir.pattern import Call, Match, Var
+from graphopt.ir.pattern import Call, Match, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.passes._scalars import tensor
 
@@ -38,8 +38,15 @@ def check(match: Match) -> str | None:
         return "query, key and value differ in batch size"
     if not same_size(k.shape[1], v.shape[1]):
         return "key and value differ in the number of heads"
-    if match["mask"] is not None and match.val("mask").dim() > 4:
-        return f"the mask has {match.val('mask').dim()} dimensions"
+    if not isinstance(k.shape[1], int) or q.shape[1] % k.shape[1]:
+        return f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads"
+    if match["mask"] is None:
+        return None
+    mask = match.val("mask")
+    if mask.dim() > 4:
+        return f"the mask has {mask.dim()} dimensions"
+    if mask.dtype not in (torch.bool, q.dtype):
+        return f"the mask is {mask.dtype}, not {q.dtype}"
     return None
 
 
@@ -65,6 +72,9 @@ def _tokens_first(rewriter: Rewriter, node: fx.Node) -> fx.Node:
 
 def _unrepeated(node: fx.Node) -> fx.Node:
     """k behind ``reshape(expand(unsqueeze(k, 2), (B, K, n, T, D)), (B, K * n, T, D))``, where repeated so."""
+    if node.target is aten.repeat_interleave.self_int and argument(node, "dim") in (1, -3):
+        repeated: Any = node.args[0]
+        return repeated if isinstance(repeated, fx.Node) else node
     expand: Any = node.args[0] if node.target is aten.reshape.default else None
     if not isinstance(expand, fx.Node) or expand.target is not aten.expand.default:
         return node
@@ -72,9 +82,9 @@ def _unrepeated(node: fx.Node) -> fx.Node:
     if not isinstance(unsqueeze, fx.Node) or unsqueeze.target is not aten.unsqueeze.default:
         return node
     source: Any = unsqueeze.args[0]
-    repeated, original = node.meta["val"], source.meta["val"]
-    same_rest = original.dim() == repeated.dim() == 4 and all(
-        same_size(original.shape[dim], repeated.shape[dim]) for dim in (0, 2, 3)
+    result, original = node.meta["val"], source.meta["val"]
+    same_rest = original.dim() == result.dim() == 4 and all(
+        same_size(original.shape[dim], result.shape[dim]) for dim in (0, 2, 3)
     )
     return source if unsqueeze.args[1] == 2 and same_rest else node
 

@@ -6,6 +6,7 @@ import torch
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.graph import same_shape
 from graphopt.ir.pattern import Call, Match, Or, Var, argument, shared_inside
 from graphopt.kernels.gated_mlp import OP as GATED_MLP
 
@@ -24,8 +25,9 @@ pattern = Call(aten.mul.Tensor, _activated, _up, commutative=True)
 
 def check(match: Match) -> str | None:
     """Both weights are matrices of one shape, and nothing else reads the projections."""
-    if match.val("gate_w").shape != match.val("up_w").shape:
-        return "the two projections differ in size"
+    gate, up = match.val("gate_w"), match.val("up_w")
+    if gate.dim() != 2 or not same_shape(gate.shape, up.shape):
+        return f"the weights have shapes {list(gate.shape)} and {list(up.shape)}, not one of two dimensions"
     shared = shared_inside(match)
     return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
 

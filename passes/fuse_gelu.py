@@ -1,4 +1,4 @@
-"""0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) or 0.5 * x * (1 + erf(x / sqrt(2))) -> gelu(x)."""
+"""x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) or x / 2 * (1 + erf(x / sqrt(2))) -> gelu(x)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.pattern import Call, Match, Or, Var, shared_inside
+from graphopt.ir.pattern import Call, Match, Or, Pattern, Var, shared_inside
 from graphopt.passes._scalars import close_to
 
 aten = torch.ops.aten
@@ -21,13 +21,23 @@ def _times(left: object, right: object) -> Call:
     return Call(mul, left, right, commutative=True)
 
 
+def _one_more(value: Pattern) -> Call:
+    return Call(add, value, close_to(1.0), commutative=True)
+
+
 _cube = Or(
     Call(aten.pow.Tensor_Scalar, _x, close_to(3.0)),
     _times(_x, _times(_x, _x)),
     _times(_x, Call(aten.pow.Tensor_Scalar, _x, close_to(2.0))),
 )
 _inner = Call(add, _x, _times(_cube, close_to(0.044715)), commutative=True)
-_tanh = Call(aten.tanh.default, _times(_inner, close_to(math.sqrt(2 / math.pi))), name="tanh")
+_steep = close_to(math.sqrt(2 / math.pi))
+_curved = Or(_times(_times(_x, close_to(0.044715)), _x), _times(_times(_x, _x), close_to(0.044715)))
+_tanh = Call(
+    aten.tanh.default,
+    Or(_times(_inner, _steep), _times(_times(_x, _steep), _one_more(_curved))),
+    name="tanh",
+)
 _erf = Call(
     aten.erf.default,
     Or(Call(div, _x, close_to(math.sqrt(2))), _times(_x, close_to(math.sqrt(0.5)))),
@@ -37,7 +47,7 @@ _erf = Call(
 
 def _gelu(saturating: Call) -> Or:
     """x / 2 * (1 + f(x)), the factors in any order."""
-    gate = Call(add, saturating, close_to(1.0), commutative=True)
+    gate = _one_more(saturating)
     half = Or(_times(_x, close_to(0.5)), Call(div, _x, close_to(2.0)))
     return Or(
         _times(half, gate),
@@ -50,7 +60,9 @@ pattern = Or(_gelu(_tanh), _gelu(_erf))
 
 
 def check(match: Match) -> str | None:
-    """Nothing else may read the steps in between."""
+    """A floating value, and nothing else may read the steps in between."""
+    if not match.val("x").is_floating_point():
+        return f"the value is {match.val('x').dtype}, not floating"
     shared = shared_inside(match)
     return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
 

@@ -1,4 +1,4 @@
-"""x * cos + rotate_half(x) * sin, with cos and sin of angles written twice -> rope(x, cos, sin), tokens first."""
+"""x * cos + rotate_half(x) * sin, cos and sin of angles written twice -> rope(x, cos, sin), tokens first."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph, size_hint
-from graphopt.ir.pattern import Call, Match, Or, Var, shared_inside
+from graphopt.ir.graph import Graph, same_shape, same_size
+from graphopt.ir.pattern import Call, Match, Var, shared_inside
 from graphopt.kernels.rope import OP as ROPE
 from graphopt.passes._scalars import tensor
 
@@ -36,13 +36,16 @@ _rotated = Call(
 _straight = Call(mul, _x, tensor("cos"), commutative=True)
 _turned = Call(mul, _rotated, tensor("sin"), commutative=True)
 
-pattern = Or(Call(add, _straight, _turned, commutative=True))
+pattern = Call(add, _straight, _turned, commutative=True)
 
 
 def check(match: Match) -> str | None:
     """Halves must be halves, and the tables must hold every angle twice."""
-    width = match.val("x").shape[-1]
-    if not isinstance(width, int) or match["middle"] * 2 != width or match["end"] not in (width, None, _END):
+    x = match.val("x")
+    width = x.shape[-1]
+    middle = match["middle"]
+    halves = isinstance(width, int) and isinstance(middle, int) and middle * 2 == width
+    if not halves or match["end"] not in (width, None, _END):
         return f"the rotated parts are not the halves of {width} features"
     shared = shared_inside(match)
     if shared:
@@ -51,8 +54,16 @@ def check(match: Match) -> str | None:
         shape = match.val(name).shape
         if len(shape) != 4 or shape[1] != 1 or shape[-1] != width:
             return f"the {name} table has shape {list(shape)}, not (batch, 1, tokens, {width})"
+        if not (same_size(shape[0], 1) or same_size(shape[0], x.shape[0])) or not same_size(
+            shape[2], x.shape[2]
+        ):
+            return f"the {name} table has shape {list(shape)}, which does not fit {list(x.shape)}"
+        if match.val(name).dtype != x.dtype:
+            return f"the {name} table is {match.val(name).dtype}, not {x.dtype}"
         if not _written_twice(match.graph, match[name]):
             return f"the {name} table is not known to hold each angle twice"
+    if not same_shape(match.val("cos").shape, match.val("sin").shape):
+        return "the two tables differ in shape"
     return None
 
 

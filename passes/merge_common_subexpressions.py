@@ -40,8 +40,8 @@ def _key(value: Any) -> Any:
         return tuple(map(_key, value))
     if isinstance(value, dict):
         return tuple((name, _key(item)) for name, item in sorted(value.items()))
-    # 1, 1.0 and True are equal and hash alike, and are different arguments
-    return value if isinstance(value, fx.Node) else (type(value), value)
+    # 1, 1.0 and True are equal and hash alike, as are 0.0 and -0.0, and are different arguments
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 PASS = register(Pass("merge_common_subexpressions", "prune", pattern, rewrite))

@@ -1,4 +1,4 @@
-"""linear(x, w1, b1), linear(x, w2, b2), ... -> split(linear(x, [w1; w2; ...], [b1; b2; ...])): Q, K and V in one product."""
+"""linear(x, w1, b1), linear(x, w2, b2), ... -> split(linear(x, [w1; w2; ...], [b1; b2; ...])): Q, K, V."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pattern(graph: Graph) -> Iterator[Match]:
 
 
 def check(match: Match) -> str | None:
-    """Weights and biases must be constants of one type."""
+    """Weights and biases must be constants."""
     parts = [match.graph.constant(argument(node, "weight")) for node in match.nodes]
     if any(part is None for part in parts):
         return "a weight is not a constant"
@@ -49,8 +49,6 @@ def check(match: Match) -> str | None:
         for n in match.nodes
     ):
         return "a bias is not a constant"
-    if len({part.dtype for part in parts if part is not None}) > 1:
-        return "the weights differ in type"
     rows = sum(part.shape[0] for part in parts if part is not None)
     return f"the merged product would have {rows} rows" if rows > _MAX_ROWS else None
 

@@ -1,4 +1,4 @@
-"""An operation that returns its input (dropout, same-type cast, x + 0, x * 1, full slice, transpose twice) -> input."""
+"""An operation that returns its input (dropout, same-type cast, x + 0, x * 1, full slice, ...) -> input."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.pattern import Match, argument
+from graphopt.passes._ranges import as_uniform
 
 aten = torch.ops.aten
 
@@ -27,16 +28,6 @@ def pattern(graph: Graph) -> Iterator[Match]:
             through = source in node.all_input_nodes
             nodes = (node,) if through else (node.all_input_nodes[0], node)
             yield Match(graph, node, nodes, {"source": source})
-
-
-def check(match: Match) -> str | None:
-    """The value passed on must have the type and shape of the result."""
-    result, source = match.root.meta["val"], match.val("source")
-    if result.dtype != source.dtype:
-        return f"it also casts {source.dtype} to {result.dtype}"
-    if not same_shape(result.shape, source.shape):
-        return f"it also turns shape {list(source.shape)} into {list(result.shape)}"
-    return None
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
@@ -64,7 +55,7 @@ def _neutral(value: float) -> Callable[[Graph, fx.Node], Any]:
 
     def rule(graph: Graph, node: fx.Node) -> Any:
         for this, other in ((0, 1), (1, 0)):
-            if _is_all(graph, node.args[other], value) and _keeps(node, node.args[this]):
+            if as_uniform(graph, node.args[other]) == value and _keeps(node, node.args[this]):
                 return node.args[this]
         return None
 
@@ -75,7 +66,7 @@ def _neutral_right(value: float) -> Callable[[Graph, fx.Node], Any]:
     """The left operand of ``x - 0`` and ``x / 1``, when type and shape stay."""
 
     def rule(graph: Graph, node: fx.Node) -> Any:
-        neutral = _is_all(graph, node.args[1], value)
+        neutral = as_uniform(graph, node.args[1]) == value
         return node.args[0] if neutral and _keeps(node, node.args[0]) else None
 
     return rule
@@ -83,8 +74,10 @@ def _neutral_right(value: float) -> Callable[[Graph, fx.Node], Any]:
 
 def _and_true(graph: Graph, node: fx.Node) -> Any:
     """The other operand of a logical and with a mask that is true everywhere."""
+    if node.meta["val"].dtype != torch.bool:  # an and of bits
+        return None
     for this, other in ((0, 1), (1, 0)):
-        if _is_all(graph, node.args[other], True) and _keeps(node, node.args[this]):
+        if as_uniform(graph, node.args[other]) and _keeps(node, node.args[this]):
             return node.args[this]
     return None
 
@@ -105,18 +98,6 @@ def _transpose_twice(graph: Graph, node: fx.Node) -> Any:
     rank = node.meta["val"].dim()
     dims = [{dim % rank for dim in call.args[1:]} for call in (inner, node)]
     return inner.args[0] if dims[0] == dims[1] else None
-
-
-def _is_all(graph: Graph, value: Any, wanted: float) -> bool:
-    if isinstance(value, (int, float)):
-        return value == wanted
-    constant = graph.constant(value)
-    if constant is not None:
-        return constant.numel() > 0 and bool((constant == wanted).all())
-    full = isinstance(value, fx.Node) and value.target in (aten.full.default, aten.new_ones.default)
-    if full and value.target is aten.new_ones.default:
-        return wanted == 1
-    return bool(full and value.args[1] == wanted)
 
 
 def _keeps(node: fx.Node, source: Any) -> bool:
@@ -143,6 +124,7 @@ _RULES: dict[Any, Callable[[Graph, fx.Node], Any]] = {
     aten.detach.default: _first,
     aten.contiguous.default: _first,
     aten.to.dtype: _first_if_same,
+    aten.type_as.default: _first_if_same,
     aten.reshape.default: _first_if_same,
     aten.expand.default: _first_if_same,
     aten.slice.Tensor: _full_slice,
@@ -156,4 +138,4 @@ _RULES: dict[Any, Callable[[Graph, fx.Node], Any]] = {
     aten.logical_and.default: _and_true,
 }
 
-PASS = register(Pass("remove_noops", "prune", pattern, rewrite, check))
+PASS = register(Pass("remove_noops", "prune", pattern, rewrite))

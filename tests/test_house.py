@@ -310,6 +310,12 @@ def registers_last(name: str, kind: str, tree: ast.Module) -> list[str]:
     return [f'1: the last statement must be `{kind.upper()} = register({kind}("{name}", ...))`']
 
 
+def unlisted(module: str, list_file: str, source: str) -> list[str]:
+    """A member that the list of all members does not import is never registered."""
+    listed = {target for _, target in imports(source)}
+    return [] if module in listed else [f"1: not imported by {list_file}"]
+
+
 def pass_faults(name: str, source: str, test: Path) -> list[str]:
     tree = ast.parse(source)
     faults = registers_last(name, "Pass", tree)
@@ -334,6 +340,18 @@ def test_every_pass_states_its_rewrite_and_has_a_test() -> None:
         test = ROOT / "tests" / "passes" / f"test_{path.name}"
         faults += at(path, pass_faults(path.stem, path.read_text(), test))
     none(faults)
+
+
+@pytest.mark.parametrize("list_file", ["passes/default.py", "kernels/__init__.py"])
+def test_every_pass_and_kernel_is_listed(list_file: str) -> None:
+    folder, source = list_file.split("/")[0], (ROOT / list_file).read_text()
+    found = {path: unlisted(f"graphopt.{folder}.{path.stem}", list_file, source) for path in members(folder)}
+    none([fault for path, faults in found.items() for fault in at(path, faults)])
+
+
+def test_an_unlisted_pass_is_seen() -> None:
+    assert unlisted("graphopt.passes.fold", "x.py", "from graphopt.passes import fold_index")
+    assert not unlisted("graphopt.passes.fold", "x.py", "from graphopt.passes import fold, fold_index")
 
 
 def test_every_kernel_states_its_formula_and_registers_last() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,19 +15,26 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.proxy import TracerBase
 
-from graphopt.capture.inputs import Dynamic, DynamicDims, input_specs, require_inputs, separate
+from graphopt.capture.containers import flatten
+from graphopt.capture.explain import explain
+from graphopt.capture.guards import size_guards
+from graphopt.capture.inputs import Dynamic, DynamicDims, Leaf, checked_call, input_specs, leaves
 from graphopt.capture.normalize import normalize
 from graphopt.errors import CaptureError
-from graphopt.ir.graph import Constant, Graph, InputSpec
-from graphopt.ir.provenance import KEY, from_export
+from graphopt.ir.graph import Constant, Graph
+from graphopt.ir.provenance import KEY, Provenance, from_export, of
 
 _MUTATIONS = {
-    OutputKind.BUFFER_MUTATION: "writes its buffer",
-    OutputKind.USER_INPUT_MUTATION: "writes its input",
+    OutputKind.BUFFER_MUTATION: "buffer",
+    OutputKind.PARAMETER_MUTATION: "parameter",
+    OutputKind.USER_INPUT_MUTATION: "input",
 }
-if hasattr(OutputKind, "PARAMETER_MUTATION"):
-    _MUTATIONS[OutputKind.PARAMETER_MUTATION] = "writes its parameter"
+_LITERALS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_WRAPPER, _WRAPPED_NAME = "_captured.", "__captured_"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # how export marks a node of its own
 
 
 def capture(
@@ -41,7 +48,7 @@ def capture(
 
     Args:
         model: any ``nn.Module`` in evaluation mode; its hooks are captured with it.
-        args: example positional inputs: tensors, scalars, nested containers of both.
+        args: example positional inputs: tensors, plain values, nested containers of both.
         kwargs: example keyword inputs.
         dynamic: True to infer dynamic dimensions, or their names by input:
             ``{"input_ids": {0: "batch", 1: "seq"}}``. Dimensions of one name are equal.
@@ -53,16 +60,36 @@ def capture(
         InputError: inputs are missing, on another device, or ``dynamic`` does not fit them.
         CaptureError: the model is in training mode, writes its own state, or cannot be exported.
     """
-    keywords = dict(kwargs or {})
-    require_inputs(model, args, keywords)
+    name = type(model).__name__
+    call = checked_call(model, args, kwargs or {})
     _require_eval(model)
-    args, keywords = separate((args, keywords))
-    dims = DynamicDims(dynamic, model, args, keywords)
-    exported = _export(model, args, keywords, dims)
-    _refuse_mutations(model, exported)
-    graph = _to_graph(exported, args, keywords, dims)
-    normalize(graph)
-    return graph
+    given = leaves(model.forward, call)
+    tensors = [leaf for leaf in given if isinstance(leaf.value, torch.Tensor)]
+    exported = [replace(leaf, source=f"L['tensors'][{i}]") for i, leaf in enumerate(tensors)]
+    dims = DynamicDims(dynamic, given)
+    flat = _Flat(model, call, dims)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _attributes_kept(model), _frames_kept():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("error", message="The tensor attribute")
+            widened = dims.widened()
+            program = torch.export.export(flat, widened, dynamic_shapes=dims.export_spec(), strict=False)
+            functional = program.run_decompositions({})
+    except CaptureError:
+        raise
+    except UserWarning as warned:
+        kept = ", ".join(re.findall(r"self\.[^\s,]+", str(warned))).replace(_WRAPPER, "")
+        raise CaptureError(
+            f"{name} assigns a tensor to {kept} in its forward",
+            where=kept,
+            hint="return the value instead: what a model keeps from call to call is not captured",
+        ) from warned
+    except Exception as error:
+        raise explain(name, error, exported) from error
+    _refuse_mutations(name, functional, tensors)
+    in_spec, output = pytree.tree_structure(call), flat.output
+    found = _Captured(functional, given, dims, in_spec, output.spec, output.leaves)
+    return found.graph(size_guards(_guards_of(program), exported))
 
 
 def from_program(program: ExportedProgram) -> Graph:
@@ -75,42 +102,94 @@ def from_program(program: ExportedProgram) -> Graph:
         raise CaptureError(
             "the exported program carries no example inputs", hint="export it again with torch.export.export"
         )
-    args, keywords = program.example_inputs
     module = program.module()
-    exported = Exported.of(program)
-    _refuse_mutations(module, exported)
-    graph = _to_graph(exported, args, dict(keywords), DynamicDims(None, module, args, dict(keywords)))
-    normalize(graph)
-    return graph
+    args, kwargs = program.example_inputs
+    given = leaves(module.forward, (args, dict(kwargs)))
+    tensors = [leaf for leaf in given if isinstance(leaf.value, torch.Tensor)]
+    if not tensors:
+        raise CaptureError("the exported program takes no tensor", hint="export it with a tensor input")
+    functional = _functional(program)
+    _refuse_mutations("the exported program", functional, tensors)
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    assert in_spec is not None and out_spec is not None
+    found = _Captured(functional, given, DynamicDims(None, given), in_spec, out_spec)
+    return found.graph(size_guards(_guards_of(program), tensors))
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A functional program with its weights lifted to inputs, and the calling convention of the original."""
+@dataclass
+class _Output:
+    """What the model returned when it was traced; an object, since export undoes what ``forward`` assigns."""
 
-    program: ExportedProgram
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-    guards: tuple[str, ...]
+    leaves: Sequence[Any]
+    spec: pytree.TreeSpec
 
-    @staticmethod
-    def of(program: ExportedProgram) -> Exported:
-        """Functionalize a program, every composite op kept whole.
 
-        Functionalizing traces the program again, through its containers: a KV cache then makes new constants that
-        the program does not know. So the containers are taken off first, and kept here.
-        """
-        in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
-        guards = tuple(getattr(program, "_guards_code", None) or ())
-        signature = program.module_call_graph[0].signature
-        assert signature is not None
-        signature.in_spec = pytree.tree_structure(((0,) * in_spec.num_leaves, {}))
-        signature.out_spec = pytree.tree_structure((0,) * out_spec.num_leaves)
-        try:
-            functional = program.run_decompositions({})
-        finally:
-            signature.in_spec, signature.out_spec = in_spec, out_spec
-        return Exported(functional, in_spec, out_spec, guards)
+class _Flat(torch.nn.Module):
+    """A model as a function of flat tensors: ``torch.export`` sees neither containers nor plain values.
+
+    Export traces twice, and through containers: a KV cache would make constants then that the first program
+    does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
+    """
+
+    def __init__(self, model: torch.nn.Module, call: Any, dims: DynamicDims) -> None:
+        super().__init__()
+        self._captured = model
+        self.training = False
+        self._dims = dims
+        given, self._in_spec = flatten(call)
+        self._given = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in given]
+        self.output = _Output((), self._in_spec)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Call the model; returns the leaves of its output that are tensors or symbolic sizes."""
+        self._dims.declare_equal(tensors)
+        rest = iter(tensors)
+        args, kwargs = pytree.tree_unflatten(
+            [next(rest) if leaf is _TENSOR else leaf for leaf in self._given], self._in_spec
+        )
+        found, spec = flatten(self._captured(*args, **kwargs))
+        for leaf in found:
+            if not isinstance(leaf, (torch.Tensor, *_SIZES, *_LITERALS)):
+                name, kind = type(self._captured).__name__, type(leaf).__name__
+                raise CaptureError(
+                    f"{name} returns a {kind}, which is no container that PyTorch knows",
+                    hint=f"register {kind} with torch.utils._pytree.register_pytree_node, or return a dict",
+                )
+        computed = [isinstance(leaf, (torch.Tensor, *_SIZES)) for leaf in found]
+        outputs = [_TENSOR if is_new else leaf for leaf, is_new in zip(found, computed, strict=True)]
+        self.output.leaves, self.output.spec = outputs, spec
+        return tuple(leaf for leaf, is_new in zip(found, computed, strict=True) if is_new)
+
+
+_TENSOR: Any = object()  # the place among leaves of what is given or computed at every call
+
+
+@contextmanager
+def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Take away the attributes that tracing leaves on modules: their tensors are not real."""
+    before = [(module, set(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, names in before:
+            for name in module.__dict__.keys() - names:
+                delattr(module, name)
+
+
+@contextmanager
+def _frames_kept() -> Iterator[None]:
+    """Let export record the user's innermost line; by itself it keeps the lines of ``forward`` methods only."""
+
+    def inside_the_model(_tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
+        ours = [i for i, f in enumerate(frames) if (f.filename, f.name) == (__file__, "forward")]
+        return traceback.StackSummary.from_list(frames[ours[-1] + 1 :] if ours else [])
+
+    filter_frames = TracerBase._filter_traceback_frames
+    TracerBase._filter_traceback_frames = inside_the_model  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = filter_frames  # type: ignore[method-assign]
 
 
 def _require_eval(model: torch.nn.Module) -> None:
@@ -118,170 +197,140 @@ def _require_eval(model: torch.nn.Module) -> None:
     if training:
         raise CaptureError(
             f"{type(model).__name__} is in training mode ({len(training)} modules, first: {training[0]})",
+            where=training[0],
             hint="call model.eval() first: graphopt optimizes inference",
         )
 
 
-def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: DynamicDims
-) -> Exported:
-    _register_known_containers()
-    if dims:
-        args, kwargs = dims.widened(args, kwargs)
-
-    def declare_equal(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for left, right in dims.equalities(args, kwargs):
-            torch._check(left == right)
-
-    hook = model.register_forward_pre_hook(declare_equal, with_kwargs=True) if dims.named else None
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program functionalized, every composite op kept whole, its containers taken off."""
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    signature = program.module_call_graph[0].signature
+    assert signature is not None and in_spec is not None and out_spec is not None
+    signature.in_spec = pytree.tree_structure(((0,) * in_spec.num_leaves, {}))
+    signature.out_spec = pytree.tree_structure((0,) * out_spec.num_leaves)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            spec = dims.export_spec(args, kwargs)
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
-            return Exported.of(exported)
-    except Exception as error:
-        raise _explain(model, error) from error
+        functional: ExportedProgram = program.run_decompositions({})
     finally:
-        if hook is not None:
-            hook.remove()
+        signature.in_spec, signature.out_spec = in_spec, out_spec
+    return functional
 
 
-def _register_known_containers() -> None:
-    """Make Hugging Face's KV cache a known container, where transformers is installed."""
-    try:
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-    except ImportError:
-        return
-    register_dynamic_cache_export_support()
+def _guards_of(program: ExportedProgram) -> Sequence[str]:
+    return tuple(getattr(program, "_guards_code", None) or ())
 
 
-def _explain(model: torch.nn.Module, error: Exception) -> CaptureError:
-    """One clear error: what torch.export said first, and the user's own line that it stopped at."""
-    torch_home = str(Path(torch.__file__).parent)
-    own = str(Path(__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_home, own, "<"))
-    ]
-    text = str(error).strip() or type(error).__name__
-    named = re.findall(r'File "([^"]+)", line (\d+)', text)
-    named = [(file, line) for file, line in named if not file.startswith(torch_home)]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-    if named:
-        where = ":".join(named[-1])
-    paragraph = text.split("\n\n")[0]
-    hint = "make this line traceable (no branching on tensor values), or optimize the part around it"
-    if "onflict" in text or "onstraint" in text:
-        hint = "declare as dynamic only what the model lets vary"
-    return CaptureError(
-        f"{type(model).__name__} cannot be exported: {type(error).__name__}: {paragraph}",
-        where=where,
-        hint=hint,
-    )
-
-
-def _refuse_mutations(model: torch.nn.Module, exported: Exported) -> None:
-    for output in exported.program.graph_signature.output_specs:
+def _refuse_mutations(name: str, program: ExportedProgram, tensors: Sequence[Leaf]) -> None:
+    signature = program.graph_signature
+    inputs = dict(zip(signature.user_inputs, (leaf.path for leaf in tensors), strict=False))
+    for output in signature.output_specs:
         if output.kind in _MUTATIONS:
+            target = str(output.target)
+            target = inputs.get(target, target.removeprefix(_WRAPPER))
             raise CaptureError(
-                f"{type(model).__name__} {_MUTATIONS[output.kind]} {output.target!r} in its forward",
+                f"{name} writes its {_MUTATIONS[output.kind]} {target!r} in its forward",
+                where=target,
                 hint="return the new value instead: graphopt's graphs are functional",
             )
 
 
-def _to_graph(exported: Exported, args: tuple[Any, ...], kwargs: dict[str, Any], dims: DynamicDims) -> Graph:
-    """Turn lifted weights back into constants, and keep user inputs and outputs only."""
-    program = exported.program
-    graph = program.graph
-    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    constants: dict[str, Constant] = {}
-    shared: dict[tuple[Any, ...], fx.Node] = {}
-    inputs: list[fx.Node] = []
-    for node in list(graph.nodes):
-        if node.op != "placeholder":
-            if node.op == "call_function":
-                node.meta[KEY] = from_export(node)
-            continue
-        spec = kinds[node.name]
-        if spec.kind is InputKind.USER_INPUT:
-            inputs.append(node)
-            continue
-        tensor = _tensor_of(program, str(spec.target))
-        same = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.numel() or node)
-        if same in shared:  # tied weights: one constant, one node
+@dataclass(frozen=True)
+class _Captured:
+    """A functional program with its weights lifted to inputs, and the calling convention of the original.
+
+    Args:
+        program: flat tensors in, flat values out.
+        given: the leaves of the example inputs.
+        dims: which of their dimensions are dynamic.
+        in_spec: pytree of ``(args, kwargs)``.
+        out_spec: pytree of the output.
+        outputs: the output's leaves: a marker for what the program computes, else the value; None when
+            the program gives all of them.
+    """
+
+    program: ExportedProgram
+    given: Sequence[Leaf]
+    dims: DynamicDims
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    outputs: Sequence[Any] | None = None
+
+    def graph(self, guards: Any) -> Graph:
+        """The Graph in its normal form: weights are constants, its inputs and outputs the user's."""
+        graph = self.program.graph
+        _place(graph)
+        inputs, constants = self._constants(graph)
+        inputs = self._tensors(inputs)
+        specs = input_specs(self.given, inputs, self.dims)
+        self._keep_user_outputs(graph)
+        fake_mode = inputs[0].meta["val"].fake_mode
+        module = fx.GraphModule({name: c.tensor for name, c in constants.items()}, graph)
+        made = Graph(module, constants, specs, self.in_spec, self.out_spec, fake_mode, guards)
+        normalize(made)
+        return made
+
+    def _constants(self, graph: fx.Graph) -> tuple[list[fx.Node], dict[str, Constant]]:
+        """Turn lifted weights back into constants, tied ones into one; returns the other inputs, too."""
+        kinds = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        constants: dict[str, Constant] = {}
+        shared: dict[tuple[Any, ...], fx.Node] = {}
+        inputs = []
+        for node in graph.find_nodes(op="placeholder"):
+            spec = kinds[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                inputs.append(node)
+                continue
+            target = str(spec.target)
+            tensor = self._tensor(target)
+            same = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if tensor.numel() == 0 or same not in shared:
+                name = node.name.replace(_WRAPPED_NAME, "_", 1)
+                with graph.inserting_before(node):
+                    shared[same] = graph.create_node("get_attr", name, name=name)
+                shared[same].meta["val"] = node.meta["val"]
+                constants[name] = Constant(tensor.detach(), (target.removeprefix(_WRAPPER),))
             node.replace_all_uses_with(shared[same])
-        else:
-            with graph.inserting_before(node):
-                weight = graph.get_attr(node.name)
-            weight.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(weight)
-            shared[same] = weight
-            constants[node.name] = Constant(tensor.detach(), (str(spec.target),))
-        graph.erase_node(node)
-    specs = input_specs((args, kwargs), inputs, dims)
-    for node, input_spec in zip(inputs, specs, strict=True):
-        if input_spec.node is None:
             graph.erase_node(node)
-    _keep_user_outputs(program, graph)
-    fake_mode = _fake_mode(graph)
-    module = fx.GraphModule({name: c.tensor for name, c in constants.items()}, graph)
-    return Graph(
-        module,
-        constants,
-        specs,
-        exported.in_spec,
-        exported.out_spec,
-        fake_mode,
-        _guards(exported.guards, specs),
-    )
+        return inputs, constants
+
+    def _tensor(self, target: str) -> torch.Tensor:
+        found = self.program.state_dict.get(target)
+        tensor: torch.Tensor = self.program.constants[target] if found is None else found
+        return tensor
+
+    def _tensors(self, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """The placeholders of tensors, named like them; a program from elsewhere has some of values."""
+        paths = [leaf.path for leaf in self.given if isinstance(leaf.value, torch.Tensor)]
+        if len(inputs) == len(self.given):
+            for node, leaf in zip(inputs, self.given, strict=True):
+                if not isinstance(leaf.value, torch.Tensor):
+                    node.graph.erase_node(node)
+        kept = [node for node in inputs if not node._erased]
+        for node, path in zip(kept, paths, strict=True):
+            node._rename(re.sub(r"\W+", "_", path).strip("_"))
+            node.target = node.name
+        return kept
+
+    def _keep_user_outputs(self, graph: fx.Graph) -> None:
+        output = graph.output_node()
+        results: Iterable[Any] = output.args[0]  # type: ignore[assignment]
+        specs = self.program.graph_signature.output_specs
+        kept = [a for a, spec in zip(results, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+        if self.outputs is not None:
+            computed = iter(kept)
+            kept = [next(computed) if leaf is _TENSOR else leaf for leaf in self.outputs]
+        output.args = (tuple(kept),)
 
 
-def _tensor_of(program: ExportedProgram, target: str) -> torch.Tensor:
-    found = program.state_dict.get(target)
-    return program.constants[target] if found is None else found
-
-
-def _keep_user_outputs(program: ExportedProgram, graph: fx.Graph) -> None:
-    output = graph.output_node()
-    specs = program.graph_signature.output_specs
-    kept = [a for a, spec in zip(output.args[0], specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
-    output.args = (tuple(kept),)
-
-
-def _fake_mode(graph: fx.Graph) -> Any:
-    values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    return values[0].fake_mode
-
-
-def _guards(lines: tuple[str, ...], specs: tuple[InputSpec, ...]) -> Callable[..., None] | None:
-    """The relations between dynamic sizes that capture relied on, as a function of the flat tensors."""
-    compiled = [(line, compile(line, "<guard>", "eval")) for line in lines if ".size()" in line]
-    if not compiled:
-        return None
-
-    def check(*tensors: torch.Tensor) -> None:
-        names = [spec.node for spec in specs if spec.node]
-        scope = {"L": _nested(specs, dict(zip(names, tensors, strict=True))), "torch": torch}
-        for line, guard in compiled:
-            if not eval(guard, {"__builtins__": {}}, scope):  # the code is torch.export's own
-                raise AssertionError(re.sub(r"L\['(\w+)'\]", r"\1", line).replace(".size()", ".shape"))
-
-    return check
-
-
-def _nested(specs: tuple[InputSpec, ...], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The tensors as guards name them: ``L['input_ids']``, ``L['args'][0]``, ``L['x']['y'][1]``."""
-    scope: dict[str, Any] = {}
-    for spec in specs:
-        if spec.node is None:
+def _place(graph: fx.Graph) -> None:
+    """Give every call its provenance; what export adds of its own (sizes) has that of its first reader."""
+    for node in reversed(graph.nodes):
+        if node.op != "call_function":
             continue
-        keys = re.findall(r"[\w.]+", spec.path)
-        level = scope
-        for key in keys[:-1]:
-            level = level.setdefault(int(key) if key.isdigit() else key, {})
-        last = keys[-1]
-        level[int(last) if last.isdigit() else last] = tensors[spec.node]
-        scope[spec.node] = tensors[spec.node]
-    return scope
+        place = from_export(node)
+        if place.module == _WRAPPER[:-1] or place.module.startswith(_WRAPPER):
+            place = replace(place, module=place.module[len(_WRAPPER) :])
+        elif place.module == _NO_MODULE:
+            reader = next((of(user) for user in node.users if of(user).file), Provenance())
+            place = replace(reader, origins=place.origins)
+        node.meta[KEY] = place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ def normalize(graph: Graph) -> None:
 
     The graph is functional: nobody can see whether a value is a view. So ``view``, ``_unsafe_view`` and
     ``flatten`` are ``reshape``; ``clone``, ``alias``, ``lift_fresh_copy``, ``detach`` and ``contiguous`` are
-    the value itself; ``_to_copy`` is the cast it makes; inference batch norm is one op again; and export's metadata assertions, which InputSpec checks at
-    every call, are dropped.
+    the value itself; ``_to_copy`` is the cast it makes; inference batch norm is one op again; and export's
+    metadata assertions, which InputSpec checks at every call, are dropped.
     """
     for node in graph.calls:
         rule = None if node._erased else _RULES.get(node.target)
@@ -64,6 +65,7 @@ def _as_batch_norm(graph: Graph, node: fx.Node) -> None:
     with graph.fx.inserting_before(node):
         args = (source, weight, bias, mean, var, False, momentum, eps, False)
         whole = graph.call(aten.batch_norm.default, args, {}, node.meta[KEY])
+    whole.meta[KEY] = replace(node.meta[KEY], origins=(whole.name,))
     for user in list(node.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,25 @@ VIEWS = frozenset(
 )
 
 
+_CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
+_TRANSPOSED_CONVOLUTIONS = frozenset(
+    {
+        aten.conv_transpose1d,
+        aten.conv_transpose2d,
+        aten.conv_transpose3d,
+    }
+)
+
+_LOOKUPS = frozenset(
+    {
+        aten.embedding.default,
+        aten.index.Tensor,
+        aten.index_select.default,
+        aten.gather.default,
+    }
+)
+
+
 def node_cost(node: fx.Node) -> Cost:
     """FLOPs and bytes of one node, dynamic sizes at the example's values.
 
@@ -53,27 +73,47 @@ def node_cost(node: fx.Node) -> Cost:
     if op is not None:
         return op.cost(*args, **kwargs)
     out = _concrete(value(node))
-    moved = sum(tensor_bytes(source.meta["val"]) for source in node.all_input_nodes) + tensor_bytes(out)
-    return Cost(_flops(node, args, kwargs, out), moved)
+    written = tensor_bytes(out)
+    read = [tensor_bytes(source.meta["val"]) for source in node.all_input_nodes]
+    if node.target in _LOOKUPS:  # of the table, only the rows that are looked up
+        read[0] = min(read[0], written)
+    return Cost(_flops(node, args, kwargs, out), sum(read) + written)
 
 
 def _flops(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
-    if node.target is aten.linear.default:
-        weight = args[1]
-        return 2.0 * out.numel() * weight.shape[-1]
-    if node.target in (aten.conv2d.default, aten.conv1d.default):
-        weight = args[1]
-        return 2.0 * out.numel() * weight[0].numel()
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.linear:
+        return float(2.0 * out.numel() * args[1].shape[-1])
+    if packet is aten.matmul:
+        return float(2.0 * out.numel() * args[0].shape[-1])
+    if packet in _CONVOLUTIONS:
+        return float(2.0 * out.numel() * args[1][0].numel())
+    if packet in _TRANSPOSED_CONVOLUTIONS:
+        return float(2.0 * args[0].numel() * args[1][0].numel())
+    if packet is aten.einsum:
+        return _einsum_flops(*args[:2])
     if node.target is aten.scaled_dot_product_attention.default:
         query, key, values = args[:3]
         batch_heads = query.numel() / (query.shape[-1] * query.shape[-2])
         return float(
             2.0 * batch_heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + values.shape[-1])
         )
-    packet = getattr(node.target, "overloadpacket", None)
     if packet in flop_registry:
         return float(flop_registry[packet](*args, **kwargs, out_val=out))
     return float(sum(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)))
+
+
+def _einsum_flops(equation: str, operands: list[torch.Tensor]) -> float:
+    """Every index once: a multiply-add for each; an ellipsis counts like an index of its own."""
+    sizes: dict[str, int] = {}
+    for indices, operand in zip(equation.split("->")[0].replace(" ", "").split(","), operands, strict=True):
+        before, _, after = indices.partition("...")
+        shape = list(operand.shape)
+        sizes.update(zip(before, shape, strict=False))
+        sizes.update(zip(reversed(after), reversed(shape), strict=False))
+        inner = shape[len(before) : len(shape) - len(after)]
+        sizes["..."] = max(sizes.get("...", 1), math.prod(inner))
+    return 2.0 * math.prod(sizes.values())
 
 
 def _concrete(val: Any) -> Any:

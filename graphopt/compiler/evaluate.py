@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,25 +31,55 @@ def evaluate(
         The values of the wanted nodes, in order.
     """
     needed = _ancestors(wanted, given)
+
+    def read(node: fx.Node) -> Any:
+        if node.op != "get_attr":
+            return values[node]
+        constant = graph.constant(node)  # widened at each reader: all weights in float64 are twice the model
+        return widen(constant) if float64 else constant
+
     reads = {node: sum(user in needed for user in node.users) for node in needed}
     keep = set(wanted)
     values: dict[fx.Node, Any] = {n: widen(v) if float64 else v for n, v in given.items()}
     with torch.no_grad():
         for node in sorted(needed):
             if node.op == "get_attr":
-                constant = graph.constant(node)
-                values[node] = widen(constant) if float64 else constant
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            if float64:
-                args, kwargs = pytree.tree_map(_float64_argument, (args, kwargs))
-            values[node] = node.target(*args, **kwargs)
+            values[node] = _call_float64(node, read) if float64 else _call(node, read)
             for source in node.all_input_nodes:
-                if source in reads:
+                if source in reads and source.op != "get_attr":
                     reads[source] -= 1
                     if reads[source] == 0 and source not in keep:
                         del values[source]
-    return [values[node] for node in wanted]
+    return [read(node) for node in wanted]
+
+
+def outputs(graph: Graph, inputs: Sequence[torch.Tensor], *, float64: bool = False) -> list[Any]:
+    """What a graph returns for flat tensor inputs, literals and repeated outputs included."""
+    results: Any = graph.output.args[0]
+    wanted = [result for result in results if isinstance(result, fx.Node)]
+    given = dict(zip(graph.placeholders, inputs, strict=True))
+    found = iter(evaluate(graph, wanted, given, float64=float64))
+    return [next(found) if isinstance(result, fx.Node) else result for result in results]
+
+
+def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _call_float64(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    """The call in float64; an op that has no such kernel runs in its own precision."""
+    args, kwargs = pytree.tree_map(_float64_argument, fx.map_arg((node.args, node.kwargs), read))
+    try:
+        found = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        found = _call(node, lambda source: _narrowed(read(source), source.meta["val"]))
+    return widen(found)
+
+
+def _narrowed(value: Any, like: Any) -> Any:
+    return pytree.tree_map(lambda v, w: v.to(w.dtype) if isinstance(v, torch.Tensor) else v, value, like)
 
 
 def _ancestors(wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[fx.Node]:
@@ -67,16 +97,18 @@ def _ancestors(wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> set[f
 
 
 def widen(value: Any) -> Any:
-    """The value with every floating tensor in float64."""
-    return pytree.tree_map(
-        lambda v: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v, value
-    )
+    """The value with every floating tensor in float64, every complex one in complex128."""
+    return pytree.tree_map(lambda v: v.to(_wide(v.dtype)) if isinstance(v, torch.Tensor) else v, value)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _float64_argument(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
+    return _wide(value) if isinstance(value, torch.dtype) else value
 
 
 class Activations:

@@ -1,4 +1,4 @@
-"""Inputs that bring out wrong rewrites: large, denormal, strided, and masks with rows that attend to nothing."""
+"""Inputs that bring out wrong rewrites: large, denormal, strided, masks with rows that attend to nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ def _strided(value: Any, generator: torch.Generator) -> Any:
 
 
 def _random_mask(value: Any, generator: torch.Generator) -> Any:
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.dim() == 0:
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dtype != torch.bool
+        or not value.dim()
+        or not value.numel()
+    ):
         return value
     mask = (torch.rand(value.shape, generator=generator) > 0.4).to(value.device)
     mask.view(-1, mask.shape[-1])[0] = False

@@ -14,6 +14,7 @@ from graphopt.compiler.pass_ import Pass
 from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.compiler.verify import Verifier
+from graphopt.errors import PassError
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, tensor_bytes
 from graphopt.ir.pattern import Match, NearMiss, describe
@@ -67,8 +68,7 @@ class PassManager:
         self.limits = limits
         self.on_pass = on_pass
         self.share = share
-        given = os.environ.get(BISECT_LIMIT)
-        self.limit = limit if limit is not None else int(given) if given else None
+        self.limit = limit if limit is not None else _limit_from_environment()
 
     def run(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> Outcome:
         """Run the pipeline on a graph, in place.
@@ -86,13 +86,14 @@ class PassManager:
         for index, rule in enumerate(self.passes):
             if self.on_pass is not None:
                 self.on_pass(rule.name, index, len(self.passes))
-            before, done = outcome.graph.clone(), len(outcome.rewrites)
+            before, done, said = outcome.graph.clone(), len(outcome.rewrites), len(self.remarks.rows)
             try:
                 self._run_pass(rule, verifier, outcome)
                 outcome.graph.check()
             except Exception as error:
                 outcome.graph, outcome.rewrites = before, outcome.rewrites[:done]
                 verifier = Verifier(before, inputs, share=self.share)
+                self.remarks.rollback(said)
                 self.remarks.add("missed", rule.name, None, f"undone: {type(error).__name__}: {error}")
         outcome.graph.drop_unused_constants()
         outcome.graph.module.recompile()
@@ -108,7 +109,7 @@ class PassManager:
                     continue
                 if self.limit is not None and len(outcome.kept) >= self.limit:
                     return
-                reason = rule.check(match)
+                reason = _refusal(rule, match)
                 if reason is not None:
                     refused[match.root.name] = (match, reason)
                     continue
@@ -118,6 +119,8 @@ class PassManager:
                     reverted.add(match.root.name)
             if len(outcome.kept) == kept_before:
                 break
+        else:
+            self.remarks.add("analysis", rule.name, None, f"still finds work after {_MAX_ROUNDS} rounds")
         for match, reason in refused.values():
             if not match.root._erased:
                 self._price("missed", rule, match, reason)
@@ -157,12 +160,28 @@ class PassManager:
         )
 
     def _price(self, kind: str, rule: Pass, match: Match, reason: str) -> None:
-        """A remark with the memory traffic of the values inside the region, which one kernel would not move."""
+        """A remark with the traffic of the values inside the region, which one kernel would not move."""
         inside = [node for node in match.nodes if node is not match.root]
         moved = 2.0 * sum(tensor_bytes(n.meta.get("val")) for n in inside if node_cost(n).bytes)
         flops = sum(node_cost(node).flops for node in inside) if rule.kind != "fuse" else 0.0
         ms = milliseconds(type(node_cost(match.root))(flops, moved), self.limits)
         self.remarks.add(kind, rule.name, match.root, reason, bytes=moved, flops=flops, ms=ms)  # type: ignore[arg-type]
+
+
+def _limit_from_environment() -> int | None:
+    given = os.environ.get(BISECT_LIMIT)
+    if not given:
+        return None
+    if not given.isdecimal():
+        raise PassError(f"{BISECT_LIMIT}={given!r} is not a number of rewrites", where=BISECT_LIMIT)
+    return int(given)
+
+
+def _refusal(rule: Pass, match: Match) -> str | None:
+    try:
+        return rule.check(match)
+    except Exception as error:
+        return f"its check failed: {type(error).__name__}: {error}"
 
 
 def _summary(match: Match, rewriter: Rewriter) -> str:

@@ -106,6 +106,10 @@ class Remarks:
         """Take over remarks made elsewhere."""
         self._rows.extend(rows)
 
+    def rollback(self, count: int) -> None:
+        """Take back all but the first ``count`` remarks: what they tell of was undone."""
+        del self._rows[count:]
+
     def of_kind(self, kind: Kind) -> list[Remark]:
         """The remarks of one kind."""
         return [row for row in self._rows if row.kind == kind]

@@ -36,8 +36,8 @@ class Verifier:
         """Judge a staged rewrite.
 
         Returns:
-            The comparison that decides (the worst one that is still right, or the first wrong one), and whether
-            it was taken over from an identical region.
+            The comparison that decides (the worst one that is still right, or the first wrong one), and
+            whether it was taken over from an identical region.
         """
         key = structure(rewriter) if self.share else None
         if key is not None and key in self._verdicts:
@@ -72,8 +72,8 @@ class Verifier:
 def _frontier(rewriter: Rewriter) -> list[fx.Node]:
     """The values that the region is verified from: its inputs, or what lies behind them.
 
-    A replacement may reach behind the matched nodes (around a transpose that it cancels). What lies between the
-    value it reads and the region then belongs to the region: taken as inputs, the two would be varied apart.
+    A replacement may reach behind the matched nodes (around a transpose that it cancels). What lies between
+    the value it reads and the region then belongs to the region: as inputs, the two would be varied apart.
     """
     region = set(rewriter.match.nodes)
     inputs = set(rewriter.match.inputs)

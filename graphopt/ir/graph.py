@@ -1,4 +1,4 @@
-"""The Graph: a functional ``torch.fx`` graph at the level of composite ATen ops, with its calling convention."""
+"""The Graph: a functional ``torch.fx`` graph of composite ATen ops, with its calling convention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.ir.provenance import KEY, Provenance
@@ -64,7 +65,7 @@ class Graph:
     """A captured model.
 
     Args:
-        module: flat graph: tensors in, a tuple of tensors out; constants are ``get_attr`` nodes of flat names.
+        module: flat graph: tensors in, a tuple out; constants are ``get_attr`` nodes of flat names.
         constants: every constant by the name of its ``get_attr`` target.
         inputs: a spec per leaf of the user's inputs, in flattening order.
         in_spec: pytree of ``(args, kwargs)``.
@@ -97,22 +98,22 @@ class Graph:
         return self.module.graph
 
     @property
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[Node]:
         """All nodes in topological order (a snapshot: rewriting while looping is safe)."""
         return list(self.fx.nodes)
 
     @property
-    def calls(self) -> list[fx.Node]:
+    def calls(self) -> list[Node]:
         """The nodes that compute something."""
         return [node for node in self.fx.nodes if node.op == "call_function"]
 
     @property
-    def placeholders(self) -> list[fx.Node]:
+    def placeholders(self) -> list[Node]:
         """The input nodes, in calling order."""
         return [node for node in self.fx.nodes if node.op == "placeholder"]
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> Node:
         """The output node; its only argument is a tuple of nodes."""
         return self.fx.output_node()
 
@@ -141,7 +142,7 @@ class Graph:
 
     def constant(self, node: Any) -> torch.Tensor | None:
         """The value of a ``get_attr`` node, or None when the node is anything else."""
-        if isinstance(node, fx.Node) and node.op == "get_attr":
+        if isinstance(node, Node) and node.op == "get_attr":
             return self.constants[str(node.target)].tensor
         return None
 
@@ -153,7 +154,7 @@ class Graph:
 
     def call(
         self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], made_from: Provenance
-    ) -> fx.Node:
+    ) -> Node:
         """Insert a call at the graph's insertion point, with its fake value and provenance."""
         value = self.infer(target, args, kwargs)
         node = self.fx.call_function(target, args, kwargs)
@@ -161,7 +162,7 @@ class Graph:
         node.meta[KEY] = made_from
         return node
 
-    def get_constant(self, name: str, made_from: Provenance) -> fx.Node:
+    def get_constant(self, name: str, made_from: Provenance) -> Node:
         """Insert a ``get_attr`` node that reads a constant, at the graph's insertion point."""
         node = self.fx.get_attr(name)
         with self.fake_mode:
@@ -169,7 +170,7 @@ class Graph:
         node.meta[KEY] = made_from
         return node
 
-    def erase_dead(self, candidates: Iterable[fx.Node]) -> list[str]:
+    def erase_dead(self, candidates: Iterable[Node]) -> list[str]:
         """Erase those of the candidates that nobody uses, and what dies with them; returns their names."""
         erased, work = [], list(candidates)
         while work:
@@ -184,10 +185,10 @@ class Graph:
 
     def sort(self) -> None:
         """Restore topological order, moving as few nodes as possible (stable)."""
-        done: set[fx.Node] = set()
-        waiting: dict[fx.Node, list[fx.Node]] = {}
+        done: set[Node] = set()
+        waiting: dict[Node, list[Node]] = {}
 
-        def place(node: fx.Node) -> None:
+        def place(node: Node) -> None:
             stack = [node]
             while stack:
                 current = stack.pop()
@@ -201,7 +202,7 @@ class Graph:
                 done.add(current)
                 stack.extend(reversed(waiting.pop(current, [])))
 
-        order: list[fx.Node] = []
+        order: list[Node] = []
         for node in self.nodes:
             if node not in done and node.op != "output":
                 place(node)
@@ -222,7 +223,7 @@ class Graph:
 
     def clone(self) -> Graph:
         """A copy whose nodes can be rewritten while this graph stays as it is; constants are shared."""
-        values: dict[fx.Node, fx.Node] = {}
+        values: dict[Node, Node] = {}
         copied = fx.Graph()
         copied.output(copied.graph_copy(self.fx, values))
         for old, new in values.items():
@@ -239,7 +240,7 @@ class Graph:
         )
 
 
-def op_name(node: fx.Node) -> str:
+def op_name(node: Node) -> str:
     """The op that a node calls, without its overload: ``aten.linear``, ``graphopt.attention``."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
@@ -247,17 +248,17 @@ def op_name(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def has_effect(node: fx.Node) -> bool:
+def has_effect(node: Node) -> bool:
     """True when a node must stay although nobody reads its value."""
     return node.target in _EFFECTS
 
 
-def is_symbolic(node: fx.Node) -> bool:
+def is_symbolic(node: Node) -> bool:
     """True when a node's value is a size (an int or a symbolic int), not a tensor."""
     return isinstance(node.meta.get("val"), (int, torch.SymInt, float, torch.SymFloat, bool, torch.SymBool))
 
 
-def users_outside(node: fx.Node, inside: Iterable[fx.Node]) -> Iterator[fx.Node]:
+def users_outside(node: Node, inside: Iterable[Node]) -> Iterator[Node]:
     """The users of a node that are not among the given ones."""
     known = set(inside)
     return (user for user in node.users if user not in known)
@@ -265,7 +266,7 @@ def users_outside(node: fx.Node, inside: Iterable[fx.Node]) -> Iterator[fx.Node]
 
 def value(node: Any) -> Any:
     """The fake value of a node; anything else is its own value."""
-    return node.meta["val"] if isinstance(node, fx.Node) else node
+    return node.meta["val"] if isinstance(node, Node) else node
 
 
 def tensor_bytes(val: Any) -> float:
@@ -298,6 +299,6 @@ def same_shape(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(map(same_size, left, right))
 
 
-def is_getitem(node: fx.Node) -> bool:
+def is_getitem(node: Node) -> bool:
     """True for the node that takes one output of a call with several."""
     return node.op == "call_function" and node.target is operator.getitem

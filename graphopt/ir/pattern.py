@@ -204,9 +204,9 @@ def arguments(node: fx.Node) -> dict[str, tuple[Any, Any]]:
         return {str(i): (value, ANY) for i, value in enumerate(node.args)}
     found: dict[str, tuple[Any, Any]] = {}
     for index, argument in enumerate(target._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else _REQUIRED
+        default: Any = argument.default_value if argument.has_default_value() else _REQUIRED
         if argument.name in node.kwargs:
-            value = node.kwargs[argument.name]
+            value: Any = node.kwargs[argument.name]
         elif index < len(node.args):
             value = node.args[index]
         else:

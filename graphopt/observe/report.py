@@ -9,8 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from graphopt.compiler.remarks import Remark, Rewrite
+from graphopt.observe import report_html, report_table
+from graphopt.observe.files import write_text
+from graphopt.observe.summary import error, jsonable, speed_ratio
 from graphopt.runtime.profile import NodeTime
+
+SCHEMA = 1  # of to_dict(): counted up when a key changes its meaning or goes
+BASELINE = "eager (captured graph)"  # the candidate that everything is compared with
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Candidate:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, the name under ``executor``."""
+        """The candidate, its name under ``executor``."""
         row = asdict(self)
         return {("executor" if key == "name" else key): value for key, value in row.items()}
 
@@ -51,6 +59,7 @@ class GraphNode:
         source: the user's ``file:line``.
         module: the ``nn.Module`` path.
         origins: names of the captured nodes that it was made from.
+        label: what the user calls an input: "input_ids", "args[0]['x']"; "" for all others.
     """
 
     name: str
@@ -60,11 +69,14 @@ class GraphNode:
     source: str
     module: str
     origins: tuple[str, ...]
+    label: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Everything that an optimization found out.
+
+    ``print(report)`` shows it as tables; a notebook or a build server reads ``to_dict()``.
 
     Args:
         model: class name of the model.
@@ -101,29 +113,94 @@ class Report:
         """The candidate that runs."""
         return next(candidate for candidate in self.candidates if candidate.chosen)
 
+    @property
+    def baseline(self) -> Candidate | None:
+        """The captured graph in PyTorch, which all are compared with; None when it was no candidate."""
+        return next((candidate for candidate in self.candidates if candidate.name == BASELINE), None)
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster than the captured graph in PyTorch; None when it was not measured."""
+        return speed_ratio(self.chosen, self.baseline)
+
+    @property
+    def verified(self) -> bool:
+        """False when the rewritten model differed as a whole, so that every rewrite was reverted."""
+        return not any(remark.pass_name == "verify" and remark.kind == "missed" for remark in self.remarks)
+
+    @property
+    def verdict(self) -> str:
+        """What the verification found, in one sentence."""
+        if not self.verified:
+            return "not the same end to end: every rewrite was reverted, and the captured graph runs"
+        kept = sum(rewrite.kept for rewrite in self.rewrites)
+        rewritten = f"{kept} of {len(self.rewrites)} rewrites kept" if self.rewrites else "nothing rewritten"
+        return f"verified: {rewritten}, outputs within {error(self.chosen.error)} of float64"
+
     def rewrites_by_pass(self) -> dict[str, int]:
         """How many rewrites each pass made and kept."""
         return dict(Counter(rewrite.pass_name for rewrite in self.rewrites if rewrite.kept))
 
+    def print(self, console: Console | None = None) -> None:
+        """Show the report as tables.
+
+        Args:
+            console: where; stdout by default.
+        """
+        report_table.show(self, console)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready values."""
-        return {
-            "model": self.model,
-            "ops": {"before": self.ops_before, "after": self.ops_after},
-            "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
-            "remarks": [remark.to_dict() for remark in self.remarks],
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "plan": list(self.plan),
-            "node_times": [asdict(row) for row in self.node_times],
-            "memory": self.memory,
-            "versions": self.versions,
-            "seconds": self.seconds,
-            "graphs": {
-                "before": [asdict(node) for node in self.graph_before],
-                "after": [asdict(node) for node in self.graph_after],
-            },
-        }
+        """The report as values that strict JSON can hold.
+
+        An infinite or undefined error (a rewrite that failed to run has one) is the text ``"inf"`` or
+        ``"nan"``, which Python's ``float`` reads; what was not measured is None.
+        """
+        found: dict[str, Any] = jsonable(
+            {
+                "schema": SCHEMA,
+                "model": self.model,
+                "verdict": self.verdict,
+                "speedup": self.speedup,
+                "ops": {"before": self.ops_before, "after": self.ops_after},
+                "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
+                "remarks": [remark.to_dict() for remark in self.remarks],
+                "candidates": [candidate.to_dict() for candidate in self.candidates],
+                "plan": list(self.plan),
+                "node_times": [asdict(row) for row in self.node_times],
+                "memory": self.memory,
+                "versions": self.versions,
+                "seconds": self.seconds,
+                "graphs": {
+                    "before": [asdict(node) for node in self.graph_before],
+                    "after": [asdict(node) for node in self.graph_after],
+                },
+            }
+        )
+        return found
+
+    def dumps(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     def to_json(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False, default=str) + "\n")
+        """Write the report as JSON.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_text(path, self.dumps())
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one page that needs nothing else: no network, no other file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_text(path, report_html.render(self))
+
+    def __str__(self) -> str:
+        return report_table.text(self)
+
+    def __repr__(self) -> str:
+        before, after = sum(self.ops_before.values()), sum(self.ops_after.values())
+        return f"Report({self.model}: {before} ops -> {after}, runs on {self.chosen.name})"

@@ -18,15 +18,16 @@ from graphopt.observe.report import GraphNode
 
 def snapshot(graph: Graph) -> tuple[GraphNode, ...]:
     """A graph as the report draws it: inputs, calls and output; weights are left out."""
-    return tuple(_row(node) for node in graph.nodes if node.op != "get_attr")
+    paths = {spec.node: spec.path for spec in graph.inputs}
+    return tuple(_row(node, paths.get(node.name, "")) for node in graph.nodes if node.op != "get_attr")
 
 
-def _row(node: fx.Node) -> GraphNode:
+def _row(node: fx.Node, label: str) -> GraphNode:
     place = provenance.of(node)
     kinds = {"placeholder": "input", "output": "output"}
     reads = tuple(source.name for source in node.all_input_nodes if source.op != "get_attr")
     op = kinds.get(node.op) or op_name(node)
-    return GraphNode(node.name, op, reads, _shape(node), place.source, place.module, place.origins)
+    return GraphNode(node.name, op, reads, _shape(node), place.source, place.module, place.origins, label)
 
 
 def _shape(node: fx.Node) -> str:
@@ -36,7 +37,7 @@ def _shape(node: fx.Node) -> str:
 
 
 def memory_of(captured: Graph, rewritten: Graph) -> dict[str, int]:
-    """Bytes of the model's weights, of constants made at compile time, and the process's peak resident size."""
+    """Bytes of the model's weights, of constants made at compile time, and of the process at its largest."""
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
     return {
         "weights": _bytes([c.tensor for c in captured.constants.values()]),

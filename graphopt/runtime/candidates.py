@@ -127,8 +127,6 @@ def choose(
     for candidate in candidates:
         if candidate.plan is not None:
             _check(candidate, candidate.plan, inputs, wanted, remarks)
-        if candidate.plan is not None:
-            candidate.node_times = node_times(candidate.plan, inputs)
     right = [candidate for candidate in candidates if candidate.plan is not None]
     if not right:
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
@@ -141,6 +139,8 @@ def choose(
             candidate.timing = timing
         best = right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
     best.chosen = True
+    assert best.plan is not None
+    best.node_times = node_times(best.plan, inputs)
     return Choice(candidates)
 
 

@@ -11,6 +11,7 @@ import torch
 
 _WARM_UP = 2
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 50
+_HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,15 @@ def interleaved(
         device: whose work to wait for.
 
     Returns:
-        A timing per candidate, in order.
+        A timing per candidate, in order; one that is hopeless in its warm-up keeps that as its timing.
     """
-    cost = 0.0
-    for candidate in candidates:
-        for _ in range(_WARM_UP):
-            cost_now = _call(candidate, device)
-        cost += cost_now
+    times = [[1e3 * _call(candidate, device) for _ in range(_WARM_UP)] for candidate in candidates]
+    best = min(min(row) for row in times)
+    order = [index for index, row in enumerate(times) if min(row) <= _HOPELESS * best]
+    cost = sum(min(times[index]) for index in order) / 1e3
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
-    times: list[list[float]] = [[] for _ in candidates]
-    order = list(range(len(candidates)))
+    for index in order:
+        times[index].clear()
     for _ in range(rounds):
         for index in order:
             times[index].append(1e3 * _call(candidates[index], device))

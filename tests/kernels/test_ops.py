@@ -20,7 +20,8 @@ import torch
 
 import graphopt.kernels  # noqa: F401
 from graphopt.ir.op import OPS, BadSample, Cost, Op, Sample, op_of, register
-from graphopt.kernels._onnx import OPSET, tuned_for
+from graphopt.ir.tuning import tuned_for
+from graphopt.kernels._onnx import OPSET
 
 FLOOR_ULP = 8
 KERNEL_OPS = list(OPS.values())  # before a test registers a toy

@@ -1,18 +1,19 @@
 """The ``ort`` executor: a region becomes an ONNX Runtime session on the CPU.
 
-Weights are not copied into the session: it reads the model's own memory. Inputs are bound by pointer, and so are
-outputs of fixed shape.
+Weights are not copied into the session: it reads the model's own memory. Inputs are bound by pointer, and so
+are outputs of fixed shape.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from torch import fx
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import is_getitem, is_symbolic
 from graphopt.ir.op import op_of
+from graphopt.ir.tuning import tuned_for
 from graphopt.runtime.executors._protocol import KernelTime
 from graphopt.runtime.lower_onnx import has_translation, to_onnx
 from graphopt.runtime.region import Region
@@ -32,7 +34,7 @@ _SHARED = "shared"  # the "file" of initializers that live in the model's memory
 _MIN_SHARED_BYTES = 1024  # smaller ones stay in the graph, where ONNX Runtime's own folding sees them
 
 _KERNEL = "_kernel_time"  # how ONNX Runtime's profile marks a kernel
-_PROFILED_RUNS = 4
+_PROFILED_RUNS = 3
 
 _NUMPY = {
     torch.float32: np.float32,
@@ -45,6 +47,13 @@ _NUMPY = {
     torch.uint8: np.uint8,
     torch.bool: np.bool_,
 }
+
+
+class Held(NamedTuple):
+    """A weight in the model's own memory: the array, which must outlive the OrtValue that points into it."""
+
+    array: np.ndarray[Any, Any]
+    value: Any
 
 
 class OrtProgram:
@@ -61,17 +70,22 @@ class OrtProgram:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        options.enable_profiling = True  # until profile() ends it
-        folder = tempfile.mkdtemp(prefix="graphopt-")
-        options.profile_file_prefix = os.path.join(folder, "ort")
+        options.enable_profiling = True  # of the first runs
+        folder = Path(tempfile.mkdtemp(prefix="graphopt-"))
+        options.profile_file_prefix = str(folder / "ort")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        proto, self._weights = _share_weights(model)
-        options.add_external_initializers(list(self._weights), list(self._weights.values()))
+        self._shared, copied = _write_without_weights(model, folder / "model.onnx")
+        for name, held in self._shared.items():
+            options.add_initializer(name, held.value)
+        options.add_external_initializers(list(copied), [held.value for held in copied.values()])
         try:
-            self._session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:
             raise LoweringError(f"ONNX Runtime refuses the region: {str(error).splitlines()[0]}") from error
         self._times: list[KernelTime] | None = None
+        self._profiled, self._recording = 0, threading.Lock()
         self._input_names = [value.name for value in self._session.get_inputs()]
         self._output_names = [value.name for value in self._session.get_outputs()]
 
@@ -92,6 +106,8 @@ class OrtProgram:
                 results.append(torch.empty(shape, dtype=dtype))
                 binding.bind_output(name, "cpu", 0, _NUMPY[dtype], list(shape), results[-1].data_ptr())
         self._session.run_with_iobinding(binding)
+        if self._times is None:
+            self._record()
         if any(result is None for result in results):
             made = binding.get_outputs()
             for index, result in enumerate(results):
@@ -100,16 +116,20 @@ class OrtProgram:
         return results
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
-        """Run a few times and read the session's own profile; it is recorded once, and then switched off."""
-        for _ in range(_PROFILED_RUNS):
+        """Run, and tell what the session's own profile of its first runs says."""
+        results = self.run(inputs)
+        while self._times is None:
             results = self.run(inputs)
-        if self._times is None:
-            path = self._session.end_profiling()
-            with open(path) as file:
-                events = json.load(file)
-            os.remove(path)
-            self._times = _kernel_times(events, self.model)
         return results, self._times
+
+    def _record(self) -> None:
+        """Read the session's profile after its first runs, and switch profiling off for all others."""
+        with self._recording:
+            self._profiled += 1
+            if self._profiled == _PROFILED_RUNS:
+                path = Path(self._session.end_profiling())
+                self._times = _kernel_times(json.loads(path.read_text()), self.model)
+                path.unlink()
 
 
 def _kernel_times(events: Sequence[dict[str, Any]], model: ir.Model) -> list[KernelTime]:
@@ -149,7 +169,9 @@ class Ort:
 
     def compile(self, region: Region, target: Target) -> OrtProgram:
         """Export the region and open a session on it."""
-        return OrtProgram(region, to_onnx(region.graph))
+        with tuned_for("cpu"):
+            model = to_onnx(region.graph)
+        return OrtProgram(region, model)
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
@@ -163,23 +185,61 @@ def _fixed_shape(node: fx.Node) -> tuple[int, ...] | None:
     return shape if all(isinstance(size, int) for size in shape) else None
 
 
-def _share_weights(model: ir.Model) -> tuple[bytes, dict[str, Any]]:
-    """The model's bytes without its large initializers, and those as values over the tensors' own memory."""
-    shared: dict[str, Any] = {}
+def _write_without_weights(model: ir.Model, path: Path) -> tuple[dict[str, Held], dict[str, Held]]:
+    """Write a model without its large initializers, which stay where they are, in the tensors' own memory.
+
+    ONNX Runtime copies what ``add_external_initializers`` hands it (440 MB for BERT-base) and takes what
+    ``add_initializer`` hands it as it is. For the latter it insists that the file which the model names exists:
+    that file is one long hole, which its constant folding would read as zeros. So only weights that nothing but
+    a kernel reads are handed over that way.
+
+    Returns:
+        By name of initializer: those to share, which the session reads as long as it lives, and those to copy.
+    """
+    shared: dict[str, Held] = {}
+    copied: dict[str, Held] = {}
     originals: list[tuple[ir.Value, Any]] = []
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _MIN_SHARED_BYTES or tensor.dtype == ir.DataType.STRING:
             continue
-        name = value.name or ""
-        shared[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.numpy()))
+        array = np.ascontiguousarray(tensor.numpy())
+        held = Held(array, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        (shared if _only_kernels_read(value) else copied)[value.name or ""] = held
         originals.append((value, tensor))
         value.const_value = ir.ExternalTensor(
-            _SHARED, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            _SHARED, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
         )
     try:
-        proto: bytes = ir.to_proto(model).SerializeToString()
+        path.write_bytes(ir.to_proto(model).SerializeToString())
     finally:
         for value, tensor in originals:
             value.const_value = tensor
-    return proto, shared
+    with (path.parent / _SHARED).open("wb") as hole:
+        hole.truncate(max((tensor.nbytes for _, tensor in originals), default=0))
+    return shared, copied
+
+
+def _only_kernels_read(weight: ir.Value) -> bool:
+    """True for the matrix of a product and the table of a lookup whose other operand the inputs decide."""
+    places = {"Gemm": (1, 0), "Gather": (0, 1)}  # where the weight stands, and where the other operand
+    for node, index in weight.uses():
+        at, other = places.get(node.op_type, (-1, -1))
+        if index != at or not _depends_on_inputs(node.inputs[other]):
+            return False
+    return True
+
+
+def _depends_on_inputs(value: ir.Value | None) -> bool:
+    """True when a value is a graph input, or is computed from one."""
+    work, seen = [value], set()
+    while work:
+        current = work.pop()
+        if current is None or current in seen:
+            continue
+        seen.add(current)
+        if current.is_graph_input() and current.const_value is None:
+            return True
+        producer = current.producer()
+        work.extend(producer.inputs if producer is not None else ())
+    return False

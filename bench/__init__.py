@@ -1,0 +1,1 @@
+"""The benchmark runner: suites, peers, and the results that were recorded with them."""

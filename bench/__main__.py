@@ -1,0 +1,68 @@
+"""``python -m bench SUITE``: measure a suite and record its rows under ``bench/results``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.models import SUITES
+from bench.peers import PEERS
+from bench.readme import update_readme
+from bench.runner import RESULTS, Setting, run_case
+
+
+def main() -> None:
+    """Measure, record, print, and bring the README's tables up to date."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "suite", choices=[*SUITES, "readme"], help="a suite; or readme: only rewrite its tables"
+    )
+    parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--dry", action="store_true", help="print, record nothing")
+    given = parser.parse_args()
+    if given.suite != "readme":
+        peers = [peer for peer in given.against.split(",") if peer]
+        unknown = [peer for peer in peers if peer not in PEERS]
+        if unknown:
+            parser.error(f"unknown peer {unknown[0]!r}; the peers are: {', '.join(PEERS)}")
+        cases = {name: make for name, make in SUITES[given.suite].items() if given.only in name}
+        rows = [run_case(n, make, peers, Setting(given.rounds, given.threads)) for n, make in cases.items()]
+        _print(rows)
+        if given.dry:
+            return
+        _record(
+            given.suite,
+            rows,
+            f"python -m bench {given.suite} --against {given.against} --rounds {given.rounds}",
+        )
+    update_readme()
+
+
+def _record(suite: str, rows: list[dict[str, object]], command: str) -> None:
+    """One JSON line a case; a case measured again takes its old row's place."""
+    path = RESULTS / f"{suite}.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {row["case"] for row in rows}
+    kept = [row for row in old if row["case"] not in new]
+    lines = [json.dumps({**row, "command": command} if row in rows else row) for row in (*kept, *rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _print(rows: list[dict[str, object]]) -> None:
+    table = Table("case", "side", "median ms", "ratio to graphopt [95%]", "error")
+    for row in rows:
+        for side, times in row["ms"].items():  # type: ignore[attr-defined]
+            ratio = row["noise"] if side == "graphopt again" else row["ratio"].get(side)  # type: ignore[attr-defined]
+            text = f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else ""  # type: ignore[index]
+            table.add_row(str(row["case"]), side, f"{times['median']:.2f}", text, f"{row['error'][side]:.1e}")  # type: ignore[index]
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""``graphopt optimize``: make a model faster, and write down what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from graphopt.cli import _folder, _options, _spec
+from graphopt.cli._errors import told
+from graphopt.cli._progress import bar
+from graphopt.errors import InputError
+from graphopt.optimize import optimize as run
+from graphopt.optimized_model import OptimizedModel
+
+
+class Effort(enum.StrEnum):
+    """What decides between the ways to run the model."""
+
+    measured = "measured"
+    fast = "fast"
+
+
+def optimize(
+    spec: _options.Spec,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", show_default=False, help="Write report, plan and ONNX here."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace DIR, if graphopt wrote it and it holds nothing else.")
+    ] = False,
+    target: _options.Target = "auto",
+    executors: _options.Executors = None,
+    dynamic: _options.DynamicDims = None,
+    level: _options.Level = 2,
+    enable: _options.Enable = None,
+    disable: _options.Disable = None,
+    effort: Annotated[
+        Effort, typer.Option(help="Time the ways to run it, or take the first that is right.")
+    ] = Effort.measured,
+    batch: _options.Batch = 1,
+    seq: _options.Seq = None,
+    json: _options.Json = False,
+    quiet: _options.Quiet = False,
+    debug: _options.Debug = False,
+) -> None:
+    """Rewrite a model, verify every rewrite, choose the fastest executor, and report.
+
+    The model is captured as a graph and rewritten. Every rewrite is checked against float64 and put back if
+    it is less exact; what runs it is decided by measurement.
+
+    With **-o DIR** the result is a folder of use outside graphopt: report.html (one page, opens
+    anywhere), report.json, plan.txt, an ONNX model for every part that runs on ONNX Runtime, and
+    manifest.json. DIR appears when everything is in it, or not at all.
+
+    A factory is code and runs, and a .pt2 file may hold pickled values: name only what you trust. Nothing is
+    ever downloaded.
+
+    **Exit codes:** 0 done, 1 no executor (of those insisted on) gives the right answer, 2 wrong
+    use or input, 4 a fault of graphopt, 130 interrupted. Only 0 writes anything.
+
+    **Examples:**
+
+    - graphopt optimize my_models.bert:tiny -o bert
+    - graphopt optimize ./bert-base --dynamic input_ids:1=seq --dynamic attention_mask:1=seq
+    """
+    with told(debug):
+        folder = _folder.Folder(output, force) if output is not None else None
+        names, dims = _options.executors(executors), _options.dynamic(dynamic)
+        with _work(debug), bar(quiet) as progress:
+            loaded = _spec.load(spec, batch=batch, seq=seq, target=target)
+            if dims and loaded.kind == "pt2":
+                raise InputError(
+                    "a .pt2 file has its dynamic dimensions in it",
+                    where="--dynamic",
+                    hint="export it again with torch.export.export(..., dynamic_shapes=...)",
+                )
+            optimized = run(
+                loaded.model,
+                loaded.args,
+                loaded.kwargs,
+                target=target,
+                executors=names,
+                dynamic=dims,
+                level=level,
+                enable=enable or (),
+                disable=disable or (),
+                effort=effort.value,
+                progress=progress,
+            )
+            if folder is not None:
+                progress("write", 0.95)
+                folder.write(lambda place: _folder.fill(place, optimized, loaded, spec))
+        _print(optimized, loaded, folder, json=json, quiet=quiet)
+
+
+@contextlib.contextmanager
+def _work(debug: bool) -> Iterator[None]:
+    """Keep stdout for the report: what others print goes to stderr, and warnings only with ``--debug``."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _print(
+    optimized: OptimizedModel, loaded: _spec.Loaded, folder: _folder.Folder | None, *, json: bool, quiet: bool
+) -> None:
+    if json:
+        typer.echo(optimized.report.dumps(), nl=False)
+    elif not quiet:
+        optimized.report.print()
+    if quiet:
+        return
+    notes = [f"note: {note}" for note in loaded.notes]
+    if folder is not None:
+        notes += [
+            f"wrote {folder.path}",
+            *(f"  {line}" for line in _folder.where_regions_run(optimized.plan)),
+        ]
+    console = Console(stderr=json, soft_wrap=True)
+    for note in notes:
+        console.print(Text(note))

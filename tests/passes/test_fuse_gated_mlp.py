@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, T5Config
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+from graphopt.passes import fuse_gelu
+from graphopt.passes.fuse_gated_mlp import PASS
+from tests._models import randn
+from tests.passes._harness import program, run
+
+X = randn(2, 5, 8)
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def gated(activation, **layers: nn.Module) -> nn.Module:
+    def forward(m, x):
+        return activation(m.gate(x)) * m.up(x)
+
+    layers.setdefault("gate", nn.Linear(8, 12, bias=False))
+    layers.setdefault("up", nn.Linear(8, 12, bias=False))
+    return program(forward, **layers)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(name: str) -> None:
+    run(PASS, gated(ACTIVATIONS[name]), X).becomes(
+        f"%0 = graphopt.gated_mlp(x, gate.weight, up.weight, None, None, {name})\nreturn %0"
+    )
+
+
+def test_factors_the_other_way_round_and_biases() -> None:
+    def forward(m, x):
+        return m.up(x) * F.silu(m.gate(x))
+
+    ran = run(PASS, program(forward, gate=nn.Linear(8, 12), up=nn.Linear(8, 12)), X)
+    ran.becomes("""
+        %0 = graphopt.gated_mlp(x, gate.weight, up.weight, gate.bias, up.bias, silu)
+        return %0
+    """)
+
+
+def test_one_bias() -> None:
+    run(PASS, gated(F.silu, up=nn.Linear(8, 12)), X).becomes("""
+        %0 = graphopt.gated_mlp(x, gate.weight, up.weight, None, up.bias, silu)
+        return %0
+    """)
+
+
+def test_the_block_of_llama() -> None:
+    config = LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    run(PASS, LlamaMLP(config).eval(), X).counts(gated_mlp=1, linear=1, silu=0, mul=0)
+
+
+def test_the_block_of_t5() -> None:
+    config = T5Config(d_model=8, d_ff=12, feed_forward_proj="gated-gelu")
+    ran = run([fuse_gelu.PASS, PASS], T5DenseGatedActDense(config).eval(), X)
+    ran.counts(gated_mlp=1, linear=1, tanh=0, gelu=0)
+
+
+@pytest.mark.parametrize("rows", [1])
+def test_projections_of_different_size_are_refused(rows: int) -> None:
+    ran = run(PASS, gated(F.silu, up=nn.Linear(8, rows, bias=False)), X)
+    ran.refuses(r"the weights have shapes \[12, 8\] and \[1, 8\], not one of two dimensions")
+
+
+def test_weights_that_are_vectors_are_refused() -> None:
+    def forward(m, x):
+        return F.silu(F.linear(x, m.gate)) * F.linear(x, m.up)
+
+    ran = run(PASS, program(forward, gate=randn(8), up=randn(8, seed=1)), X)
+    ran.refuses(r"the weights have shapes \[8\] and \[8\], not one of two dimensions")
+
+
+@pytest.mark.parametrize("which", ["gate", "up", "activated"])
+def test_a_projection_that_is_read_twice_is_refused(which: str) -> None:
+    def forward(m, x):
+        values = {"gate": m.gate(x), "up": m.up(x)}
+        values["activated"] = F.silu(values["gate"])
+        return values["activated"] * values["up"], values[which]
+
+    ran = run(PASS, program(forward, gate=nn.Linear(8, 12), up=nn.Linear(8, 12)), X)
+    ran.refuses("is also read by output")
+
+
+def test_projections_of_two_values_stay() -> None:
+    def forward(m, x):
+        return F.silu(m.gate(x)) * m.up(x.sin())
+
+    run(PASS, program(forward, gate=nn.Linear(8, 12), up=nn.Linear(8, 12)), X).stays()
+
+
+def test_a_gate_that_is_none_stays() -> None:
+    run(PASS, gated(torch.sigmoid), X).stays()
+
+
+def test_a_sum_of_both_stays() -> None:
+    def forward(m, x):
+        return F.silu(m.gate(x)) + m.up(x)
+
+    run(PASS, program(forward, gate=nn.Linear(8, 12), up=nn.Linear(8, 12)), X).stays()
+
+
+def test_shared_weights() -> None:
+    shared = nn.Linear(8, 12)
+    run(PASS, gated(F.silu, gate=shared, up=shared), X).counts(gated_mlp=1)
+
+
+def test_weights_that_are_inputs() -> None:
+    def forward(m, x, w):
+        return F.silu(F.linear(x, w)) * F.linear(x, m.up)
+
+    run(PASS, program(forward, up=randn(12, 8)), X, randn(12, 8, seed=1)).counts(gated_mlp=1)
+
+
+def test_dynamic_sizes() -> None:
+    ran = run(PASS, gated(F.silu), X, dynamic={"x": {0: "batch", 1: "seq"}})
+    ran.counts(gated_mlp=1).agrees(randn(3, 2, 8)).agrees(randn(1, 9, 8))
