@@ -1,26 +1,51 @@
-"""The README's tables, generated from the recorded results and never typed."""
+"""The README's generated parts: tables of recorded results, and examples with what they print."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from bench.runner import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
-_BLOCK = re.compile(r"(<!-- bench:(?P<suite>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+_BENCH = re.compile(r"(<!-- bench:(?P<suite>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_EXAMPLE = re.compile(r"(<!-- example:(?P<name>\w+) -->\n).*?(<!-- /example -->)", re.DOTALL)
 
 
 def update_readme() -> None:
-    """Rewrite every block between ``<!-- bench:SUITE -->`` and ``<!-- /bench -->``."""
-    README.write_text(rendered(README.read_text()))
+    """Rewrite the README's generated blocks: tables of results, and examples with what they print."""
+    text = with_tables(README.read_text())
+    README.write_text(_EXAMPLE.sub(lambda found: found[1] + _example(found["name"]) + found[3], text))
 
 
-def rendered(text: str) -> str:
+def with_tables(text: str) -> str:
     """The README's text with its tables as the results have them."""
-    return _BLOCK.sub(lambda found: found[1] + _table(found["suite"]) + found[3], text)
+    return _BENCH.sub(lambda found: found[1] + _table(found["suite"]) + found[3], text)
+
+
+def code_of(name: str) -> str:
+    """An example's code, without the docstring that says what it is."""
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    return source.split('"""\n\n', 1)[1].strip()
+
+
+def output_of(name: str) -> str:
+    """What an example prints."""
+    command = [sys.executable, "-m", f"examples.{name}"]
+    wide = {**os.environ, "COLUMNS": "110"}
+    return subprocess.check_output(command, cwd=ROOT, env=wide, stderr=subprocess.DEVNULL, text=True)
+
+
+def _example(name: str) -> str:
+    lines = [line.rstrip() for line in output_of(name).strip().splitlines()]
+    printed = "\n".join(lines)
+    return f"```python\n{code_of(name)}\n```\n\nprints\n\n```text\n{printed}\n```\n"
 
 
 def _table(suite: str) -> str:
@@ -34,15 +59,12 @@ def _table(suite: str) -> str:
         cells += [f"±{100 * _noise(row):.0f}%", f"{row['optimize_s']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0]
-    software = ", ".join(
-        f"{name} {first['versions'][name]}"
-        for name in ("torch", "onnxruntime-gpu")
-        if name in first["versions"]
-    )
+    packages = ("torch", "onnxruntime-gpu", "onnxruntime")
+    software = ", ".join(f"{p} {first['versions'][p]}" for p in packages if p in first["versions"])
     note = (
-        f"Medians of {2 * first['rounds']} interleaved calls in one process, {first['threads']} threads of an"
-        f" {first['device']}; in brackets how many times as long as graphopt, with the 95% interval. {software};"
-        f" commit {first['commit']}, {first['date']}. Again: `{first['command']}`."
+        f"Medians of {2 * first['rounds']} interleaved calls in one process, on {first['threads']} threads of"
+        f" an {first['device']}; in brackets how many times as long as graphopt the peer takes, with the 95%"
+        f" interval. {software}; commit {first['commit']}, {first['date']}. Again: `{first['command']}`."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -18,6 +18,7 @@ from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.manager import Outcome, PassManager
 from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
+from graphopt.errors import InputError
 from graphopt.ir.graph import Graph
 from graphopt.observe.report import Candidate, Report
 from graphopt.observe.snapshot import memory_of, snapshot, versions
@@ -67,18 +68,25 @@ def optimize(
         A module that is called like ``model`` and returns the same type.
 
     Raises:
-        InputError: example inputs are missing, or on another device than the model.
+        InputError: example inputs are missing, or on another device than the model; an option is unknown.
         CaptureError: the model cannot be captured.
         TargetError: the target or an executor is unknown or not there.
         PassError: a pass is unknown.
         LoweringError: the executors that were insisted on cannot run the model.
     """
+    _require_known("effort", effort, ("measured", "fast"))
+    _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
     clock = _Clock(progress)
     passes = pipeline(level, enable, disable)
     with clock.stage("capture", 0.0):
         if isinstance(model, torch.nn.Module):
             captured, original = capture(model, args, kwargs, dynamic=dynamic), model
             example: Any = (args, dict(kwargs or {}))
+        elif not isinstance(model, torch.export.ExportedProgram):
+            raise InputError(
+                f"model is a {type(model).__name__}: neither an nn.Module nor an ExportedProgram",
+                hint="build the model first; torch.export.load(path) reads a .pt2 file",
+            )
         else:
             captured, original, example = from_program(model), model.module(), model.example_inputs
         inputs = _tensors(captured, example)
@@ -99,6 +107,11 @@ def optimize(
     report = _report(original, captured, outcome, remarks, chosen, clock)
     assert chosen.best.plan is not None
     return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch)
+
+
+def _require_known(name: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise InputError(f"{name}={given!r} is unknown", hint=f"one of: {', '.join(known)}")
 
 
 def _verified(
@@ -148,8 +161,8 @@ def _report(
 
 def _row(found: runtime.Candidate) -> Candidate:
     timing = found.timing
-    times = (timing.median_ms, timing.spread_ms) if timing else (None, None)
-    return Candidate(found.name, *times, found.error, found.chosen, found.reason)
+    ms, spread = (timing.median_ms, timing.spread_ms) if timing else (None, None)
+    return Candidate(found.name, ms, spread, found.error, found.chosen, found.reason)
 
 
 def _tensors(graph: Graph, example: Any) -> list[torch.Tensor]:

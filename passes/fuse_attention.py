@@ -30,9 +30,11 @@ pattern = Call(
 
 
 def check(match: Match) -> str | None:
-    """Inference only, one batch size, and a mask that broadcasts over (batch, heads, queries, keys)."""
+    """Inference only, one batch size, heads that divide, and a mask of the query's type."""
     if match["dropout"]:
         return f"it drops out with probability {match['dropout']}"
+    if match["scale"] is not None and match["scale"] <= 0:
+        return f"its scale is {match['scale']}, not above zero"
     q, k, v = match.val("q"), match.val("k"), match.val("v")
     if not same_size(q.shape[0], k.shape[0]) or not same_size(k.shape[0], v.shape[0]):
         return "query, key and value differ in batch size"
@@ -40,13 +42,8 @@ def check(match: Match) -> str | None:
         return "key and value differ in the number of heads"
     if not isinstance(k.shape[1], int) or q.shape[1] % k.shape[1]:
         return f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads"
-    if match["mask"] is None:
-        return None
-    mask = match.val("mask")
-    if mask.dim() > 4:
-        return f"the mask has {mask.dim()} dimensions"
-    if mask.dtype not in (torch.bool, q.dtype):
-        return f"the mask is {mask.dtype}, not {q.dtype}"
+    if match["mask"] is not None and match.val("mask").dtype not in (torch.bool, q.dtype):
+        return f"the mask is {match.val('mask').dtype}, not {q.dtype}"
     return None
 
 

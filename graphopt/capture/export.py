@@ -178,7 +178,7 @@ def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _frames_kept() -> Iterator[None]:
-    """Let export record the user's innermost line; by itself it keeps the lines of ``forward`` methods only."""
+    """Let export record the user's innermost line; by itself it keeps those of ``forward`` methods only."""
 
     def inside_the_model(_tracer: Any, frames: traceback.StackSummary) -> traceback.StackSummary:
         ours = [i for i, f in enumerate(frames) if (f.filename, f.name) == (__file__, "forward")]

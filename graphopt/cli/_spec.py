@@ -72,10 +72,8 @@ def load(spec: str, *, batch: int = 1, seq: int | None = None, target: str = "au
 
 def _exported(path: Path) -> Loaded:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.pt2")])
-        hint = (
-            f"did you mean {', '.join(near)}?" if near else "write it with torch.export.save(program, path)"
-        )
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.pt2")])
+        hint = f"did you mean {near[0]}.pt2?" if near else "write it with torch.export.save(program, path)"
         raise SpecError(f"{path.name} does not exist", where=str(path.absolute()), hint=hint)
     try:
         program = torch.export.load(path)

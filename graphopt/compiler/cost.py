@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from graphopt.compiler.device import Limits
-from graphopt.compiler.evaluate import hint_shape
+from graphopt.compiler.evaluate import concrete
 from graphopt.ir.graph import is_getitem, tensor_bytes, value
 from graphopt.ir.op import Cost, op_of
 
@@ -68,11 +68,11 @@ def node_cost(node: fx.Node) -> Cost:
     """
     if node.op != "call_function" or is_getitem(node) or node.target in VIEWS:
         return Cost(0.0, 0.0)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _concrete(n.meta["val"]))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: concrete(n.meta["val"]))
     op = op_of(node.target)
     if op is not None:
         return op.cost(*args, **kwargs)
-    out = _concrete(value(node))
+    out = concrete(value(node))
     written = tensor_bytes(out)
     read = [tensor_bytes(source.meta["val"]) for source in node.all_input_nodes]
     if node.target in _LOOKUPS:  # of the table, only the rows that are looked up
@@ -114,22 +114,6 @@ def _einsum_flops(equation: str, operands: list[torch.Tensor]) -> float:
         inner = shape[len(before) : len(shape) - len(after)]
         sizes["..."] = max(sizes.get("...", 1), math.prod(inner))
     return 2.0 * math.prod(sizes.values())
-
-
-def _concrete(val: Any) -> Any:
-    """The value with numbers for its symbolic sizes; tensors become meta tensors."""
-    return pytree.tree_map(
-        lambda v: (
-            torch.empty(hint_shape(v), dtype=v.dtype, device="meta")
-            if isinstance(v, torch.Tensor)
-            else _number(v)
-        ),
-        val,
-    )
-
-
-def _number(size: Any) -> Any:
-    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size
 
 
 def milliseconds(cost: Cost, limits: Limits) -> float:

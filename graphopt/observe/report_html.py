@@ -24,7 +24,7 @@ def render(report: Report) -> str:
     before, after = report.graph_before, report.graph_after
     return _template().render(
         report=report,
-        speed=summary.speed_sentence(report),
+        claim=summary.claim(report),
         ops=summary.op_changes(report.ops_before, report.ops_after),
         passes=summary.pass_summaries(report.rewrites),
         reverted=[rewrite for rewrite in report.rewrites if not rewrite.kept],

@@ -40,7 +40,7 @@ def show(report: Report, console: Console | None) -> None:
     chosen = report.chosen
     took = f", {ms(chosen.ms)} ms a call" if chosen.ms is not None else ""
     console.print(Text.assemble((report.model, "bold"), f" runs on {chosen.name}{took}"))
-    console.print(Text(summary.speed_sentence(report)))
+    console.print(Text(summary.claim(report)[1]))
     console.print(Text(report.verdict), end="\n\n")
     for table in (_candidates(report), _ops(report), _passes(report), _plan(report)):
         console.print(table)

@@ -122,18 +122,21 @@ def speed_ratio(candidate: Candidate, baseline: Candidate | None) -> float | Non
     return baseline.ms / candidate.ms
 
 
-def speed_sentence(report: Report) -> str:
-    """What the chosen candidate gains over PyTorch; a difference below the spread is not claimed."""
+def claim(report: Report) -> tuple[float | None, str]:
+    """What the chosen candidate gains over PyTorch: a ratio, and a sentence.
+
+    A difference below the spread is not claimed: the ratio is then None, and the sentence says so.
+    """
     chosen, baseline = report.chosen, report.baseline
     ratio = speed_ratio(chosen, baseline)
     if ratio is None or baseline is None or chosen.ms is None or baseline.ms is None:
-        return "not compared with eager PyTorch"
+        return None, "not compared with eager PyTorch"
     if chosen is baseline:
-        return "eager PyTorch is the fastest here"
+        return ratio, "eager PyTorch is the fastest here"
     noise = (chosen.spread_ms or 0.0) + (baseline.spread_ms or 0.0)
     if abs(baseline.ms - chosen.ms) <= noise:
-        return f"{times(ratio)} the speed of eager PyTorch, which is within the spread"
-    return f"{times(ratio)} the speed of eager PyTorch"
+        return None, f"{times(ratio)} the speed of eager PyTorch, which is within the spread"
+    return ratio, f"{times(ratio)} the speed of eager PyTorch"
 
 
 def times(ratio: float | None) -> str:

@@ -125,7 +125,8 @@ def _check_leaf(expected: InputSpec, leaf: Any) -> None:
     for dim, (size, fixed) in enumerate(zip(leaf.shape, expected.shape, strict=True)):
         if isinstance(fixed, int) and size != fixed:
             raise InputError(
-                f"input {expected.path} has size {size} in dimension {dim}; the model was optimized for {fixed}",
+                f"input {expected.path} has size {size} in dimension {dim};"
+                f" the model was optimized for {fixed}",
                 where=expected.path,
                 hint=f"declare the dimension dynamic: dynamic={{{expected.path!r}: {{{dim}: 'name'}}}}",
             )

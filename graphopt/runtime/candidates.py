@@ -88,7 +88,10 @@ def plan_candidates(
     if executors is not None:
         plan = partition(rewritten, find_executors(executors), target, remarks)
         return [Candidate(" + ".join(executors), rewritten, plan)]
-    ways = [("eager", rewritten, ("eager",)), ("eager (captured graph)", captured, ("eager",))]
+    ways: list[tuple[str, Graph, tuple[str, ...]]] = [
+        ("eager", rewritten, ("eager",)),
+        ("eager (captured graph)", captured, ("eager",)),
+    ]
     if target.device.type == "cpu":
         ways.insert(0, ("ort", rewritten, ("ort", "eager")))
     candidates = []

@@ -10,13 +10,14 @@ import contextlib
 import functools
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset23 as op
+from onnxscript import opset23
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -27,7 +28,9 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from graphopt.compiler.evaluate import concrete
 from graphopt.errors import LoweringError
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph
@@ -36,7 +39,9 @@ from graphopt.ir.op import OPS
 aten = torch.ops.aten
 
 OPSET = 23
+op: Any = opset23  # untyped: onnxscript's annotations know nothing of onnx_ir
 _NODE = "graphopt_node"
+_TRACED = re.compile(r"%(\w+)")
 
 
 def to_onnx(graph: Graph) -> ir.Model:
@@ -72,24 +77,38 @@ def to_onnx(graph: Graph) -> ir.Model:
     return model
 
 
+def has_translation(node: fx.Node) -> bool:
+    """True when the exporter knows a node's op, or every op that it takes it apart into."""
+    return _is_known(node.target) or all(map(_is_known, _parts(node)))
+
+
 @functools.cache
-def has_translation(target: Any) -> bool:
-    """True when the exporter knows an op, directly or after taking it apart."""
+def _is_known(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or target in _translations():
         return True
-    registry, decompositions = _exporter_ops()
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    return composite or target in decompositions or bool(registry.is_registered(target))
+    return bool(_exporter_ops()[0].is_registered(target))
+
+
+def _parts(node: fx.Node) -> list[Any]:
+    """What the exporter takes a call apart into; the call itself when it cannot."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: concrete(source.meta["val"]))
+    target: Any = node.target
+    try:
+        trace = make_fx(lambda args, kwargs: target(*args, **kwargs), _exporter_ops()[1])
+        parts = trace(args, kwargs).graph.nodes
+    except Exception:
+        return [target]
+    return [part.target for part in parts if part.op == "call_function"]
 
 
 @functools.cache
-def _exporter_ops() -> tuple[Any, frozenset[Any]]:
-    """What PyTorch's exporter translates, and what it decomposes into ops that it translates."""
+def _exporter_ops() -> tuple[Any, dict[Any, Callable[..., Any]]]:
+    """What PyTorch's exporter translates, and how it decomposes other ops."""
     from torch.onnx._internal.exporter import _decomp, _registration
 
     with _quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-    return registry, frozenset(_decomp.create_onnx_friendly_decomposition_table(set(registry.functions)))
+    return registry, _decomp.create_onnx_friendly_decomposition_table(set(registry.functions))
 
 
 def _first_lines(error: BaseException, count: int = 3) -> str:
@@ -119,8 +138,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """Gemm reads a weight as PyTorch keeps it (rows are outputs), so that its memory can be shared.
 
-    MatMul wants it transposed: 440 MB copied for BERT-base. Gemm takes matrices only, so leading dimensions are
-    folded into one; a Reshape moves nothing.
+    MatMul wants it transposed: 440 MB copied for BERT-base. Gemm takes matrices only, so leading dimensions
+    are folded into one; a Reshape moves nothing.
     """
     if x.shape is not None and len(x.shape) == 2:
         return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)
@@ -195,15 +214,14 @@ def _strip_unused_outputs(model: ir.Model) -> None:
 
 
 def _annotate(model: ir.Model, graph: Graph, program: ExportedProgram | None) -> None:
+    """Put our provenance beside the exporter's own, which names the traced node an ONNX node is part of."""
     ours = {node.name: node for node in graph.calls}
-    traced = {node.name: node.meta.get("custom") for node in program.graph.nodes} if program else {}
-    origin: str | None = None
+    traced = {node.name: node.meta.get("custom") or {} for node in program.graph.nodes} if program else {}
     for node in model.graph:
-        for output in node.outputs:
-            custom = traced.get(output.name or "") or {}
-            origin = custom.get(_NODE) or (output.name if output.name in ours else origin)
-        if origin in ours:
-            place = provenance.of(ours[origin])
-            node.metadata_props["graphopt.node"] = origin
+        found = _TRACED.match(node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+        name = traced.get(found[1], {}).get(_NODE, found[1]) if found else ""
+        if name in ours:
+            place = provenance.of(ours[name])
+            node.metadata_props["graphopt.node"] = name
             node.metadata_props["graphopt.source"] = place.source
             node.metadata_props["graphopt.module"] = place.module

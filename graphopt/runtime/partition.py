@@ -93,8 +93,8 @@ def _refusal(executor: Executor, node: fx.Node, graph: Graph, target: Target) ->
 def _regions(graph: Graph, owner: dict[fx.Node, Executor]) -> list[tuple[Executor, list[fx.Node]]]:
     """Group neighbours of one executor, so that no group waits for itself.
 
-    A node's depth counts the changes of executor on the longest way to it. Nodes of one executor and one depth
-    form a region: a path that leaves it comes back deeper.
+    A node's depth counts the changes of executor on the longest way to it. Nodes of one executor and one
+    depth form a region: a path that leaves it comes back deeper.
     """
     depth: dict[fx.Node, int] = {}
     groups: dict[tuple[int, str], list[fx.Node]] = defaultdict(list)

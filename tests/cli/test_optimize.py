@@ -134,29 +134,28 @@ def test_quiet_prints_nothing_and_pytorch_regions_are_said(workspace: Path, run:
     assert names(workspace) == {"zoo.py", "unsound.py", "garbled.py", "out"}
 
 
-def test_force_replaces_only_what_graphopt_wrote(workspace: Path, run: Run) -> None:
-    args = ("optimize", "zoo:block", "-o", "out", "--effort", "fast")
+@pytest.mark.parametrize(
+    ("manifest", "refusal"),
+    [
+        (None, "it has no manifest.json of graphopt's"),
+        ("{", "it has no manifest.json of graphopt's"),
+        ('{"files": {}}', "it has no manifest.json of graphopt's"),
+        ('{"format": "graphopt-folder", "files": {}}', "it holds thesis.txt, which graphopt did not write"),
+    ],
+)
+def test_force_replaces_only_what_graphopt_wrote(
+    workspace: Path, run: Run, manifest: str | None, refusal: str
+) -> None:
     out = workspace / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    refusals = ["no manifest.json of graphopt's"]
-    (out / "manifest.json").write_text('{"files": {}}')
-    refusals.append("no manifest.json of graphopt's")
-    (out / "manifest.json").write_text('{"format": "graphopt-folder", "files": {}}')
-    refusals.append("it holds thesis.txt, which graphopt did not write")
-    for refusal in refusals[-1:]:
-        result = run(*args, "--force")
-        assert result.exit_code == 2
-        assert refusal in result.stderr
-    (out / "manifest.json").unlink()
-    result = run(*args, "--force")
-    assert result.exit_code == 2
-    assert refusals[0] in result.stderr
-    assert (out / "thesis.txt").read_text() == "years of work"
+    if manifest is not None:
+        (out / "manifest.json").write_text(manifest)
     (workspace / "link").symlink_to(out)
-    result = run("optimize", "zoo:block", "-o", "link", "--force")
-    assert result.exit_code == 2
-    assert "it is no folder" in result.stderr
+    for place, why in (("out", refusal), ("link", "it is no folder")):
+        result = run("optimize", "zoo:block", "-o", place, "--force")
+        assert result.exit_code == 2
+        assert why in result.stderr
     assert (out / "thesis.txt").read_text() == "years of work"
 
 

@@ -34,14 +34,8 @@ def add(value: float) -> Any:
     return lambda r, x: r.call(aten.add.Tensor, r.call(aten.tanh.default, x), value)
 
 
-def large(r: Rewriter, x: fx.Node) -> fx.Node:
-    """tanh, but for magnitudes above 100."""
-    return r.call(
-        aten.tanh.default, r.call(aten.hardtanh.default, x, -100.0, 100.0) if False else _wrap(r, x)
-    )
-
-
 def _wrap(r: Rewriter, x: fx.Node) -> fx.Node:
+    """x, but for magnitudes above 100."""
     over = r.call(aten.gt.Scalar, r.call(aten.abs.default, x), 100.0)
     return r.call(aten.where.self, over, r.call(aten.neg.default, x), x)
 

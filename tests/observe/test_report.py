@@ -103,12 +103,14 @@ def test_a_real_report_says_what_was_fused(real: Report) -> None:
 def test_a_gain_within_the_spread_is_not_claimed(report: Report) -> None:
     ort, inductor, eager = report.candidates
     report.candidates = [ort, inductor, type(eager)(eager.name, 0.51, 0.02, 1e-7)]
-    assert summary.speed_sentence(report).endswith("which is within the spread")
+    ratio, said = summary.claim(report)
+    assert ratio is None
+    assert said == "1.02x the speed of eager PyTorch, which is within the spread"
     report.candidates = [type(eager)(eager.name, 0.51, 0.02, 1e-7, chosen=True)]
-    assert summary.speed_sentence(report) == "eager PyTorch is the fastest here"
+    assert summary.claim(report)[1] == "eager PyTorch is the fastest here"
     report.candidates = [ort]
     assert report.speedup is None
-    assert summary.speed_sentence(report) == "not compared with eager PyTorch"
+    assert summary.claim(report)[1] == "not compared with eager PyTorch"
 
 
 def test_a_model_that_was_put_back_is_not_called_verified(report: Report) -> None:

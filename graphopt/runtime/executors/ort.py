@@ -96,7 +96,7 @@ class OrtProgram:
         for name, tensor in zip(self._input_names, inputs, strict=True):
             tensor = tensor.detach().contiguous()
             kept.append(tensor)
-            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], list(tensor.shape), _address(tensor))
         results: list[Any] = []
         for name, (dtype, shape) in zip(self._output_names, self._outputs, strict=True):
             if shape is None:
@@ -104,7 +104,7 @@ class OrtProgram:
                 binding.bind_output(name, "cpu")
             else:
                 results.append(torch.empty(shape, dtype=dtype))
-                binding.bind_output(name, "cpu", 0, _NUMPY[dtype], list(shape), results[-1].data_ptr())
+                binding.bind_output(name, "cpu", 0, _NUMPY[dtype], list(shape), _address(results[-1]))
         self._session.run_with_iobinding(binding)
         if self._times is None:
             self._record()
@@ -130,6 +130,14 @@ class OrtProgram:
                 path = Path(self._session.end_profiling())
                 self._times = _kernel_times(json.loads(path.read_text()), self.model)
                 path.unlink()
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor's values lie; an empty one lies nowhere, and ONNX Runtime wants an address."""
+    return tensor.data_ptr() or _NOWHERE.data_ptr()
+
+
+_NOWHERE = torch.zeros(1)
 
 
 def _kernel_times(events: Sequence[dict[str, Any]], model: ir.Model) -> list[KernelTime]:
@@ -163,7 +171,7 @@ class Ort:
                 return f"{val.dtype} cannot be bound"
             if op_of(node.target) is not None and val.dtype == torch.float64:
                 return "ONNX Runtime's fused kernels do not take float64"
-        if not has_translation(node.target):
+        if not has_translation(node):
             return f"{node.target} has no ONNX translation"
         return None
 
@@ -186,15 +194,16 @@ def _fixed_shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _write_without_weights(model: ir.Model, path: Path) -> tuple[dict[str, Held], dict[str, Held]]:
-    """Write a model without its large initializers, which stay where they are, in the tensors' own memory.
+    """Write a model without its large initializers, which stay in the tensors' own memory.
 
     ONNX Runtime copies what ``add_external_initializers`` hands it (440 MB for BERT-base) and takes what
-    ``add_initializer`` hands it as it is. For the latter it insists that the file which the model names exists:
-    that file is one long hole, which its constant folding would read as zeros. So only weights that nothing but
-    a kernel reads are handed over that way.
+    ``add_initializer`` hands it as it is. For the latter it insists that the file which the model names
+    exists: that file is one long hole, which its constant folding would read as zeros. So only weights that
+    nothing but a kernel reads are handed over that way.
 
     Returns:
-        By name of initializer: those to share, which the session reads as long as it lives, and those to copy.
+        By name of initializer: those to share, which the session reads as long as it lives, and those to
+        copy.
     """
     shared: dict[str, Held] = {}
     copied: dict[str, Held] = {}
@@ -207,8 +216,9 @@ def _write_without_weights(model: ir.Model, path: Path) -> tuple[dict[str, Held]
         held = Held(array, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         (shared if _only_kernels_read(value) else copied)[value.name or ""] = held
         originals.append((value, tensor))
+        shape = ir.Shape(tensor.shape.numpy())
         value.const_value = ir.ExternalTensor(
-            _SHARED, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or ""
+            _SHARED, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or ""
         )
     try:
         path.write_bytes(ir.to_proto(model).SerializeToString())

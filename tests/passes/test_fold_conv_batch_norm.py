@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphopt.passes.fold_conv_batch_norm import PASS
+from tests._models import randn
+from tests.passes._harness import program, run
+
+X = randn(2, 4, 7, 7)
+
+
+def conv_then_norm(m, x):
+    return m.norm(m.conv(x))
+
+
+def test_a_convolution_and_its_norm() -> None:
+    ran = run(PASS, program(conv_then_norm, conv=nn.Conv2d(4, 6, 3, bias=False), norm=nn.BatchNorm2d(6)), X)
+    of = "conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var"
+    ran.becomes(
+        f"""
+        %0 = conv2d(x, <batch norm folded: {of}>, <batch norm folded: {of}>, [1, 1], [0, 0], [1, 1], 1)
+        return %0
+        """
+    )
+
+
+CONVOLUTIONS = {
+    "bias": (nn.Conv2d(4, 6, 3), X),
+    "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1), X),
+    "dilated": (nn.Conv2d(4, 6, 3, dilation=2), X),
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2, bias=False), X),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), X),
+    "padded to the same size": (nn.Conv2d(4, 6, 3, padding="same", bias=False), X),
+    "one dimension": (nn.Conv1d(4, 6, 3, padding=1), randn(2, 4, 9)),
+    "three dimensions": (nn.Conv3d(4, 6, 2), randn(2, 4, 3, 3, 3)),
+}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_convolution(name: str) -> None:
+    conv, x = CONVOLUTIONS[name]
+    norm = NORMS[x.dim() - 2](conv.out_channels)
+    run(PASS, program(conv_then_norm, conv=conv, norm=norm), x).counts(
+        batch_norm=0, **{f"conv{x.dim() - 2}d": 1}
+    )
+
+
+def test_a_norm_without_weights() -> None:
+    norm = nn.BatchNorm2d(6, affine=False)
+    run(PASS, program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=norm), X).counts(batch_norm=0)
+
+
+def test_a_chain() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.ReLU()),
+    )
+    run(PASS, model, X).counts(conv2d=2, batch_norm=0, relu=2)
+
+
+def test_a_tiny_variance() -> None:
+    norm = nn.BatchNorm2d(6)
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=norm)
+    norm.running_var.fill_(1e-12)
+    run(PASS, model, X, redraw=False).counts(batch_norm=0)
+
+
+def test_one_convolution_for_two_norms_is_refused() -> None:
+    def forward(m, x):
+        y = m.conv(x)
+        return m.one(y), m.two(y)
+
+    ran = run(
+        PASS, program(forward, conv=nn.Conv2d(4, 6, 3), one=nn.BatchNorm2d(6), two=nn.BatchNorm2d(6)), X
+    )
+    ran.refuses("the convolution's result is also read by batch_norm")
+
+
+def test_one_layer_called_twice() -> None:
+    def forward(m, x):
+        return m.norm(m.conv(x)), m.norm(m.conv(x.sin()))
+
+    ran = run(PASS, program(forward, conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(6)), X)
+    ran.counts(conv2d=2, batch_norm=0)
+
+
+def test_shared_filters_keep_their_value_elsewhere() -> None:
+    def forward(m, x):
+        return m.norm(m.conv(x)), m.conv(x.sin())
+
+    ran = run(PASS, program(forward, conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(6)), X)
+    ran.counts(conv2d=2, batch_norm=0)
+
+
+@pytest.mark.parametrize("name", ["w", "b", "gamma", "beta", "mean", "var"])
+def test_a_weight_that_is_an_input_is_refused(name: str) -> None:
+    def forward(m, x, given):
+        own = {
+            "w": m.w,
+            "b": m.b,
+            "gamma": m.gamma,
+            "beta": m.beta,
+            "mean": m.mean,
+            "var": m.var,
+            name: given,
+        }
+        y = F.conv2d(x, own["w"], own["b"])
+        return F.batch_norm(y, own["mean"], own["var"], own["gamma"], own["beta"])
+
+    weights = {key: randn(6, seed=i) for i, key in enumerate(("b", "gamma", "beta", "mean"))}
+    weights |= {"w": randn(6, 4, 3, 3), "var": torch.rand(6) + 0.5}
+    ran = run(PASS, program(forward, **weights), X, weights[name].abs() + 0.1, redraw=False)
+    ran.refuses(f"{name} is not a constant")
+
+
+OTHERS = {
+    "transposed": (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)),
+    "statistics of the batch": (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
+    "another norm": (nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6)),
+    "an activation between": (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()), nn.BatchNorm2d(6)),
+    "the norm first": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)),
+    "pooling": (nn.AvgPool2d(2), nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_only_looks_like_it_stays(name: str) -> None:
+    first, second = OTHERS[name]
+    run(PASS, program(conv_then_norm, conv=first, norm=second), X).stays()
+
+
+def test_half_precision() -> None:
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3).bfloat16(), norm=nn.BatchNorm2d(6).bfloat16())
+    run(PASS, model, X.bfloat16()).counts(batch_norm=0)
+
+
+def test_dynamic_sizes() -> None:
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(6))
+    ran = run(PASS, model, X, dynamic={"x": {0: "batch", 2: "height"}}).counts(batch_norm=0)
+    ran.agrees(randn(3, 4, 5, 7)).agrees(randn(1, 4, 9, 7))
