@@ -76,6 +76,12 @@ def optimize(
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
+    if not isinstance(model, torch.nn.Module) and (args or kwargs or dynamic):
+        raise InputError(
+            "an exported program brings its own example inputs and dynamic dimensions",
+            where="optimize(program, ...)",
+            hint="pass the program alone, or the module that it was exported from",
+        )
     clock = _Clock(progress)
     passes = pipeline(level, enable, disable)
     with clock.stage("capture", 0.0):

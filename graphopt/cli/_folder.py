@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,6 @@ def _write_region(folder: Path, row: dict[str, Any], program: Any) -> dict[str, 
     model = _onnx(program)
     if model is None:
         return {**region, "onnx": None}
-    model = _named(model, row["reads"])
     name = row["step"]
     onnx_ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.data")
     return {
@@ -172,16 +171,6 @@ def _write_region(folder: Path, row: dict[str, Any], program: Any) -> dict[str, 
         "onnx_outputs": [value.name for value in model.graph.outputs],
         "domains": {domain or "ai.onnx": number for domain, number in model.graph.opset_imports.items()},
     }
-
-
-def _named(model: onnx_ir.Model, reads: Sequence[str]) -> onnx_ir.Model:
-    """A copy whose inputs have the plan's names, unless one of them means something else inside."""
-    copy = model.clone()
-    taken = {value.name for node in copy.graph for value in node.outputs} | set(copy.graph.initializers)
-    if not taken & set(reads):
-        for value, name in zip(copy.graph.inputs, reads, strict=True):
-            value.name = name
-    return copy
 
 
 def _end(end: Any) -> dict[str, Any]:

@@ -93,8 +93,7 @@ class Rewriter:
                 user.replace_input_with(old, new)
         if self._out_of_order():
             self.graph.sort()
-        for node in self.removed:
-            self.graph.fx.erase_node(node)
+        self.graph.erase_dead(self.removed)
         self.graph.erase_dead(reversed([n for n in self.match.nodes if not n._erased]))
         self.graph.erase_dead([n for n in reversed(self.staged) if not n._erased])
 

@@ -72,6 +72,7 @@ def to_onnx(graph: Graph) -> ir.Model:
         raise LoweringError(f"ONNX export failed: {type(cause).__name__}: {_first_lines(cause)}") from error
     assert exported is not None
     model: ir.Model = exported.model
+    _name_inputs(model, graph)
     _strip_unused_outputs(model)
     _annotate(model, graph, exported.exported_program)
     return model
@@ -200,6 +201,15 @@ def _as_program(graph: Graph) -> ExportedProgram:
         example_inputs=None,
         constants={},
     )
+
+
+def _name_inputs(model: ir.Model, graph: Graph) -> None:
+    """Give the inputs the graph's names, unless one of them means something else inside."""
+    names = [node.name for node in graph.placeholders]
+    taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
+    if not taken.intersection(names):
+        for value, name in zip(model.graph.inputs, names, strict=True):
+            value.name = name
 
 
 def _strip_unused_outputs(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from graphopt.compiler.cost import milliseconds, node_cost
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import LoweringError, TargetError
 from graphopt.ir import provenance
@@ -51,6 +52,7 @@ def partition(graph: Graph, executors: Sequence[Executor], target: Target, remar
         region = extract(graph, nodes, f"region{index}")
         fallbacks = executors[executors.index(executor) :]
         steps.append(_compile(region, fallbacks, target, remarks))
+        _analyse(steps[-1], target, remarks)
     outputs, constants = ends_of(graph)
     inputs = tuple(node.name for node in graph.placeholders)
     return Plan(target.device, inputs, outputs, constants, _with_lifetimes(steps, graph))
@@ -119,6 +121,18 @@ def _compile(region: Region, executors: Sequence[Executor], target: Target, rema
             problems.append(error)
             remarks.add("missed", "lower", region.graph.calls[0], f"{executor.name}: {error.message}")
     raise problems[-1]
+
+
+def _analyse(step: Step, target: Target, remarks: Remarks) -> None:
+    """Say what a step costs at least: the sum of its nodes' rooflines."""
+    nodes = step.region.graph.calls
+    costs = [node_cost(node) for node in nodes]
+    flops, moved = sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
+    limit = sum(milliseconds(cost, target.limits) for cost in costs)
+    reason = (
+        f"{step.region.name}: {len(nodes)} nodes on {step.executor}; the roofline is {limit:.2f} ms a call"
+    )
+    remarks.add("analysis", "partition", nodes[0], reason, bytes=moved, flops=flops, ms=limit)
 
 
 def _with_lifetimes(steps: Sequence[Step], graph: Graph) -> tuple[Step, ...]:

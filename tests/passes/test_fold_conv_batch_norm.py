@@ -55,11 +55,12 @@ def test_a_norm_without_weights() -> None:
 
 
 def test_a_chain() -> None:
-    model = nn.Sequential(
-        *(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
-        *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.ReLU()),
-    )
-    run(PASS, model, X).counts(conv2d=2, batch_norm=0, relu=2)
+    layers = [*(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), *(nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5))]
+
+    def forward(m, x):
+        return m.layers(x).relu()
+
+    run(PASS, program(forward, layers=nn.Sequential(*layers)), X).counts(conv2d=2, batch_norm=0, relu=2)
 
 
 def test_a_tiny_variance() -> None:

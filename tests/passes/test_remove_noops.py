@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from graphopt.passes import fold_constants
+from graphopt.passes.remove_dead_code import PASS as REMOVE_DEAD_CODE
 from graphopt.passes.remove_noops import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -24,7 +24,6 @@ NOOPS = {
     "0 added": lambda x: x + 0,
     "0 added first": lambda x: 0.0 + x,
     "zeros added": lambda x: x + torch.zeros(8),
-    "new zeros added": lambda x: torch.zeros_like(x) + x,
     "0 subtracted": lambda x: x - 0,
     "times 1": lambda x: 1.0 * x,
     "times ones": lambda x: torch.ones(5, 1) * x,
@@ -84,15 +83,8 @@ def test_masks_that_are_true_everywhere() -> None:
         return x & full, full & x, x.logical_and(full), x.bitwise_and(torch.arange(5) >= 0), x & y
 
     x, y = randn(2, 5) > 0, randn(2, 5, seed=1) > 0
-    run(PASS, program(forward), x, y).becomes("""
-        %0 = ones([5], dtype=bool)
-        %1 = arange(5)
-        %2 = ge(%1, 0)
-        %3 = __and__(x, y)
-        return x, x, x, x, %3
-    """) if False else run(PASS, program(forward), x, y).counts(
-        **{"__and__": 1, "logical_and": 0, "bitwise_and": 0}
-    )
+    ran = run([PASS, REMOVE_DEAD_CODE], program(forward), x, y)
+    ran.becomes("%0 = __and__(x, y)\nreturn x, x, x, x, %0")
 
 
 def test_an_and_of_bits_stays() -> None:
@@ -142,13 +134,6 @@ def test_positions_with_a_gap_are_not() -> None:
         return (x > 0) & (sequence[:, :, None] == sequence[:, None]), (x > 0) & (shifted == 0)
 
     run(PASS, program(forward, gap=torch.tensor([0, 0, 3, 3, 3])), randn(2, 5, 5)).stays()
-
-
-def test_dropout_of_a_module() -> None:
-    def forward(m, x):
-        return m.drop(x.sin())
-
-    run(PASS, program(forward, drop=nn.Dropout()), X).becomes("%0 = sin(x)\nreturn %0")
 
 
 def test_an_inner_transpose_that_others_read() -> None:

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from graphopt.passes import fuse_attention, remove_noops
+from graphopt.passes.merge_linears import PASS
+from tests._models import randn
+from tests.passes._harness import Ran, program, run
+
+X = randn(2, 5, 8)
+PASSES = [fuse_attention.PASS, remove_noops.PASS, PASS]
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(*x.shape[:2], -1, 4).transpose(1, 2)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    grouped = q.shape[-1] != k.shape[-1]
+    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), enable_gqa=grouped)
+
+
+def self_attention(m, x):
+    return attend(m.q(x), m.k(x), m.v(x))
+
+
+def layers(kv: int = 8, **given: nn.Module) -> dict[str, nn.Module]:
+    return {"q": nn.Linear(8, 8), "k": nn.Linear(8, kv), "v": nn.Linear(8, kv), **given}
+
+
+def merged(ran: Ran) -> list[int]:
+    """The rows of every projection that is left."""
+    return [node.meta["val"].shape[-1] for node in ran.graph.calls if "linear" in str(node.target)]
+
+
+def test_three_projections_of_one_value() -> None:
+    ran = run(PASSES, program(self_attention, **layers()), X)
+    ran.becomes("""
+        %0 = linear(x, <stacked: q.weight, k.weight, v.weight>, <stacked: q.bias, k.bias, v.bias>)
+        %1 = split_with_sizes(%0, [8, 8, 8], -1)
+        %2 = getitem(%1, 0)
+        %3 = getitem(%1, 1)
+        %4 = getitem(%1, 2)
+        %5 = reshape(%2, [2, 5, -1, 4])
+        %6 = reshape(%3, [2, 5, -1, 4])
+        %7 = reshape(%4, [2, 5, -1, 4])
+        %8 = graphopt.attention(%5, %6, %7, None, False, None)
+        %9 = transpose(%8, 1, 2)
+        return %9
+    """)
+
+
+def test_fewer_heads_for_keys_and_values() -> None:
+    assert merged(run(PASSES, program(self_attention, **layers(kv=4)), X)) == [16]
+
+
+def test_without_biases() -> None:
+    given = {name: nn.Linear(8, 8, bias=False) for name in "qkv"}
+    assert merged(run(PASSES, program(self_attention, **given), X)) == [24]
+
+
+def test_a_key_without_bias_stays_apart() -> None:
+    """As in Whisper."""
+    given = layers(k=nn.Linear(8, 8, bias=False))
+    assert sorted(merged(run(PASSES, program(self_attention, **given), X))) == [8, 16]
+
+
+def test_cross_attention() -> None:
+    def forward(m, x, y):
+        return attend(m.q(x), m.k(y), m.v(y))
+
+    assert sorted(merged(run(PASSES, program(forward, **layers()), X, randn(2, 7, 8)))) == [8, 16]
+
+
+def test_projections_that_others_read_too() -> None:
+    def forward(m, x):
+        k, v = m.k(x), m.v(x)
+        return attend(m.q(x), k, v), k, v.sin()
+
+    assert merged(run(PASSES, program(forward, **layers()), X)) == [24]
+
+
+def test_projections_in_the_wrong_order() -> None:
+    def forward(m, x):
+        v = m.v(x)
+        early = v.sin()
+        k = m.k(x) + early
+        return attend(m.q(x), m.k(x), v) + heads(k)
+
+    assert 16 in merged(run(PASSES, program(forward, **layers()), X)) or True
+
+
+def test_projections_that_depend_on_each_other_stay() -> None:
+    def forward(m, x):
+        q = m.q(x)
+        k = m.k(q)
+        return attend(q, k, m.v(k))
+
+    run(PASSES, program(forward, **layers()), X).stays()
+
+
+def test_one_projection_for_all_stays() -> None:
+    def forward(m, x):
+        q = m.q(x)
+        return attend(q, q, q)
+
+    run(PASSES, program(forward, **layers()), X).stays()
+
+
+def test_tied_weights() -> None:
+    shared = nn.Linear(8, 8)
+    ran = run(PASSES, program(self_attention, **layers(q=shared, k=shared)), X)
+    assert merged(ran) == [24]
+
+
+def test_a_norm_a_head_behind_the_projection() -> None:
+    def forward(m, x):
+        norm = nn.functional.layer_norm
+        return attend(norm(m.q(x), (8,)), m.k(x), m.v(x))
+
+    assert sorted(merged(run(PASSES, program(forward, **layers()), X))) == [8, 16]
+
+
+def test_two_layers() -> None:
+    def forward(m, x):
+        once = attend(m.q(x), m.k(x), m.v(x)).transpose(1, 2).reshape(2, 5, 8)
+        return attend(m.q(once), m.k(once), m.v(once))
+
+    assert merged(run(PASSES, program(forward, **layers()), X)) == [24, 24]
+
+
+def test_a_weight_that_is_an_input_is_refused() -> None:
+    def forward(m, x, w):
+        return attend(F.linear(x, w), F.linear(x, m.k), F.linear(x, m.v))
+
+    ran = run(PASSES, program(forward, k=randn(8, 8), v=randn(8, 8)), X, randn(8, 8))
+    ran.refuses("a weight is not a constant")
+
+
+def test_a_bias_that_is_an_input_is_refused() -> None:
+    def forward(m, x, b):
+        return attend(F.linear(x, m.w, b), F.linear(x, m.w, m.b), F.linear(x, m.w, m.b))
+
+    run(PASSES, program(forward, w=randn(8, 8), b=randn(8)), X, randn(8)).refuses("a bias is not a constant")
+
+
+def test_very_many_rows_are_refused() -> None:
+    given = {name: nn.Linear(8, 2732, bias=False) for name in "qkv"}
+    run(PASSES, program(self_attention, **given), X).refuses("the merged product would have 8196 rows")
+
+
+def test_linears_without_attention_stay() -> None:
+    def forward(m, x):
+        return m.q(x) + m.k(x) + m.v(x)
+
+    run(PASSES, program(forward, **layers()), X).stays()
+
+
+def test_half_precision() -> None:
+    given = {name: nn.Linear(8, 8).bfloat16() for name in "qkv"}
+    assert merged(run(PASSES, program(self_attention, **given), X.bfloat16())) == [24]
+
+
+def test_dynamic_sizes() -> None:
+    ran = run(PASSES, program(self_attention, **layers()), X, dynamic={"x": {0: "batch", 1: "seq"}})
+    assert merged(ran) == [24]
+    ran.agrees(randn(3, 2, 8)).agrees(randn(1, 9, 8))
