@@ -76,6 +76,11 @@ def optimize(
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
+    if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
+        raise InputError(
+            f"model is a {type(model).__name__}: neither an nn.Module nor an ExportedProgram",
+            hint="build the model first; torch.export.load(path) reads a .pt2 file",
+        )
     if not isinstance(model, torch.nn.Module) and (args or kwargs or dynamic):
         raise InputError(
             "an exported program brings its own example inputs and dynamic dimensions",
@@ -88,11 +93,6 @@ def optimize(
         if isinstance(model, torch.nn.Module):
             captured, original = capture(model, args, kwargs, dynamic=dynamic), model
             example: Any = (args, dict(kwargs or {}))
-        elif not isinstance(model, torch.export.ExportedProgram):
-            raise InputError(
-                f"model is a {type(model).__name__}: neither an nn.Module nor an ExportedProgram",
-                hint="build the model first; torch.export.load(path) reads a .pt2 file",
-            )
         else:
             captured, original, example = from_program(model), model.module(), model.example_inputs
         inputs = _tensors(captured, example)

@@ -208,6 +208,12 @@ def _differences(graph: Graph, node: fx.Node) -> Any:
     return 1
 
 
+def _chosen(graph: Graph, node: fx.Node) -> Any:
+    condition = as_uniform(graph, node.args[0])
+    number = None if condition is None else as_uniform(graph, node.args[1 if condition else 2])
+    return None if number is None else _cast(number, node)
+
+
 def _sum_of_zeros(graph: Graph, node: fx.Node) -> Any:
     return 0 if as_uniform(graph, node.args[0]) == 0 else None
 
@@ -228,6 +234,7 @@ _UNIFORM: dict[Any, Callable[[Graph, fx.Node], Any]] = {
     **dict.fromkeys((aten.gt.Scalar, aten.gt.Tensor), _compared(operator.gt)),
     **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), _compared(operator.eq)),
     **dict.fromkeys((aten.ne.Scalar, aten.ne.Tensor), _compared(operator.ne)),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), _chosen),
     aten.diff.default: _differences,
     aten.cumsum.default: _sum_of_zeros,
 }

@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import same_size
+from graphopt.ir.graph import Graph, same_size
 from graphopt.ir.pattern import Call, Match, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.passes._ranges import as_uniform, is_causal
@@ -69,10 +69,9 @@ def simplify(match: Match, mask: fx.Node) -> Known:
     constant = graph.constant(mask)
     if _covers_scores(match, val) and (is_causal(graph, mask) or _is_lower_triangle(constant)):
         return Known(None, True)
-    if mask.target is aten.expand.default and mask.op == "call_function":
-        source: Any = mask.args[0]
-        if source.meta["val"].dim() >= 2 and _broadcasts(source.meta["val"], val):
-            return simplify(match, source)
+    source = _behind(graph, mask)
+    if source is not None and _broadcasts(source.meta["val"], val):
+        return simplify(match, source)
     if mask.target in _ANDS and mask.op == "call_function":
         sides: Any = [argument(mask, "self"), argument(mask, "other")]
         if any(side.meta["val"].dtype != torch.bool for side in sides):
@@ -83,6 +82,16 @@ def simplify(match: Match, mask: fx.Node) -> Known:
                 rest = simplify(match, other)
                 return Known(rest.rest, known.is_causal or rest.is_causal)
     return Known(mask, False)
+
+
+def _behind(graph: Graph, mask: fx.Node) -> fx.Node | None:
+    """The value that a mask repeats along dimensions, or chooses everywhere."""
+    source: Any = None
+    if mask.target is aten.expand.default and mask.op == "call_function":
+        source = mask.args[0]
+    elif mask.target in (aten.where.self, aten.where.ScalarOther) and as_uniform(graph, mask.args[0]):
+        source = mask.args[1]
+    return source if isinstance(source, fx.Node) else None
 
 
 def _covers_scores(match: Match, mask: torch.Tensor) -> bool:
@@ -106,7 +115,9 @@ def _is_lower_triangle(mask: torch.Tensor | None) -> bool:
 
 
 def _broadcasts(source: torch.Tensor, target: torch.Tensor) -> bool:
-    """True when an expand only repeats dimensions of size 1."""
+    """True when the source is the target, but for dimensions of size 1 that are repeated."""
+    if source.dim() < 2 or source.dtype != target.dtype:
+        return False
     pairs = zip(reversed(source.shape), reversed(target.shape), strict=False)
     return all(same_size(a, 1) or same_size(a, b) for a, b in pairs)
 

@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape, same_size
-from graphopt.ir.pattern import Call, Match, Var, shared_inside
+from graphopt.ir.pattern import Call, Match, Var, argument, shared_inside
 from graphopt.kernels.rope import OP as ROPE
 from graphopt.passes._scalars import tensor
 
@@ -76,17 +76,31 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 
 
 def _half_table(rewriter: Rewriter, match: Match, name: str) -> fx.Node:
-    table, width = match[name], match["middle"]
-    flat = rewriter.call(aten.squeeze.dim, table, 1)
-    return rewriter.call(aten.slice.Tensor, flat, 2, 0, width)
+    """(batch, tokens, width / 2), from the angles as they were before they were written twice."""
+    table = match[name]
+    if table.target is aten.unsqueeze.default and argument(table, "dim") == 1:
+        return _halved(rewriter, table.args[0])
+    return rewriter.call(aten.squeeze.dim, _halved(rewriter, table), 1)
 
 
-_POINTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype, aten.unsqueeze.default, aten.expand.default)
+def _halved(rewriter: Rewriter, node: Any) -> fx.Node:
+    """The first half of the last dimension; ``_written_twice`` holds for the node."""
+    if node.op == "get_attr":
+        last = node.meta["val"].dim() - 1
+        return rewriter.call(aten.slice.Tensor, node, last, 0, node.meta["val"].shape[last] // 2)
+    if node.target is aten.cat.default:
+        part: fx.Node = node.args[0][0]
+        return part
+    source, *rest = node.args
+    if node.target is aten.expand.default:
+        rest = [[*rest[0][:-1], -1]]
+    return rewriter.call(node.target, _halved(rewriter, source), *rest, **node.kwargs)
 
 
 def _written_twice(graph: Graph, node: Any) -> bool:
     """True when the last dimension is ``cat([a, a])`` behind pointwise ops and inserted dimensions."""
     while isinstance(node, fx.Node):
+        last = node.meta["val"].dim() - 1
         constant = graph.constant(node)
         if constant is not None:
             middle = constant.shape[-1] // 2
@@ -95,14 +109,22 @@ def _written_twice(graph: Graph, node: Any) -> bool:
             return False
         if node.target is aten.cat.default:
             parts: Any = node.args[0]
-            last = node.meta["val"].dim() - 1
-            dim = node.args[1] if len(node.args) > 1 else 0
-            return len(parts) == 2 and parts[0] is parts[1] and dim in (-1, last)
-        scaled = node.target is mul and isinstance(node.args[1], (int, float))
-        if node.target not in _POINTWISE and not scaled:
+            return len(parts) == 2 and parts[0] is parts[1] and argument(node, "dim") in (-1, last)
+        source: Any = node.args[0]
+        if node.target in (aten.expand.default, aten.unsqueeze.default):
+            if not same_size(node.meta["val"].shape[-1], source.meta["val"].shape[-1]):
+                return False
+            if node.target is aten.unsqueeze.default and argument(node, "dim") in (-1, last):
+                return False
+        elif node.target is mul:
+            if not isinstance(node.args[1], (int, float)):
+                return False
+        elif node.target not in _POINTWISE:
             return False
-        node = node.args[0]
+        node = source
     return False
 
+
+_POINTWISE = (aten.cos.default, aten.sin.default, aten.to.dtype)
 
 PASS = register(Pass("fuse_rope", "fuse", pattern, rewrite, check))

@@ -137,7 +137,7 @@ class Embedder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = _encoder(3, 24, 4)
+        self.encoder = _encoder(2, 24, 4)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -208,7 +208,8 @@ def t5() -> Example:
         d_model=16,
         d_kv=8,
         d_ff=24,
-        num_layers=2,
+        num_layers=1,
+        num_decoder_layers=2,
         num_heads=2,
         use_cache=False,
         decoder_start_token_id=0,

@@ -185,7 +185,7 @@ def _frames_kept() -> Iterator[None]:
         return traceback.StackSummary.from_list(frames[ours[-1] + 1 :] if ours else [])
 
     filter_frames = TracerBase._filter_traceback_frames
-    TracerBase._filter_traceback_frames = inside_the_model  # type: ignore[method-assign]
+    TracerBase._filter_traceback_frames = inside_the_model  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

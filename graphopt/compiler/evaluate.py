@@ -142,15 +142,15 @@ def _bytes(value: Any) -> int:
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
-def concrete(val: Any) -> Any:
-    """A fake value with numbers for its symbolic sizes; its tensors become meta tensors."""
-    return pytree.tree_map(_concrete_leaf, val)
+def concrete(val: Any, device: str = "meta") -> Any:
+    """A fake value with numbers for its symbolic sizes; its tensors become empty ones on a device."""
 
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return torch.empty(hint_shape(leaf), dtype=leaf.dtype, device=device)
+        return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
-def _concrete_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return torch.empty(hint_shape(leaf), dtype=leaf.dtype, device="meta")
-    return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
+    return pytree.tree_map(of_leaf, val)
 
 
 def hint_shape(value: torch.Tensor) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -149,7 +150,7 @@ class Graph:
     def infer(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The fake value that calling ``target`` on nodes and literals gives."""
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             return target(*fake_args, **fake_kwargs)
 
     def call(

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset23
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -92,11 +93,12 @@ def _is_known(target: Any) -> bool:
 
 def _parts(node: fx.Node) -> list[Any]:
     """What the exporter takes a call apart into; the call itself when it cannot."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: concrete(source.meta["val"]))
     target: Any = node.target
+    trace = make_fx(lambda args, kwargs: target(*args, **kwargs), _exporter_ops()[1])
     try:
-        trace = make_fx(lambda args, kwargs: target(*args, **kwargs), _exporter_ops()[1])
-        parts = trace(args, kwargs).graph.nodes
+        with FakeTensorMode():  # sizes as numbers: tracing must not narrow the graph's own
+            call = fx.map_arg((node.args, node.kwargs), lambda source: concrete(source.meta["val"], "cpu"))
+            parts = trace(*call).graph.nodes
     except Exception:
         return [target]
     return [part.target for part in parts if part.op == "call_function"]
@@ -109,7 +111,8 @@ def _exporter_ops() -> tuple[Any, dict[Any, Callable[..., Any]]]:
 
     with _quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-    return registry, _decomp.create_onnx_friendly_decomposition_table(set(registry.functions))
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    return registry, _decomp.create_onnx_friendly_decomposition_table(known)
 
 
 def _first_lines(error: BaseException, count: int = 3) -> str:

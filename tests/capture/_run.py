@@ -12,13 +12,19 @@ import torch.utils._pytree as pytree
 from graphopt.capture.export import capture
 from graphopt.ir.graph import Graph
 from graphopt.runtime.calling import CallingConvention
-from tests._models import FAMILIES
+from tests._models import FAMILIES, Example
+
+
+@functools.cache
+def example_of(family: str) -> Example:
+    """A tiny model of a family and a call of it, made once for all tests."""
+    return FAMILIES[family]()
 
 
 @functools.cache
 def captured(family: str, *, dynamic: bool) -> Graph:
     """A tiny model of a family, captured once for all tests, which leave it as it is."""
-    example = FAMILIES[family]()
+    example = example_of(family)
     return capture(example.model, example.args, example.kwargs, dynamic=example.dynamic if dynamic else None)
 
 

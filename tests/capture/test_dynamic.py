@@ -11,8 +11,8 @@ from torch import nn
 from graphopt.capture.export import capture
 from graphopt.errors import CaptureError, InputError
 from graphopt.runtime.calling import CallingConvention
-from tests._models import FAMILIES, padding, randn, randomised, t5, tokens
-from tests.capture._run import captured, run, same
+from tests._models import padding, randn, randomised, tokens
+from tests.capture._run import captured, example_of, run, same
 
 
 class Positions(nn.Module):
@@ -66,7 +66,7 @@ def test_sizes_inside_containers_and_open_keywords_vary() -> None:
 def test_whole_models_vary() -> None:
     lengths = {"bert": (3, 9), "gpt2": (4, 3), "llama": (1, 11)}
     for family, (batch, seq) in lengths.items():
-        example = FAMILIES[family]()
+        example = example_of(family)
         later = {
             "input_ids": tokens(batch, seq),
             "attention_mask": padding((seq, *range(batch - 1)), seq),
@@ -79,7 +79,7 @@ def test_whole_models_vary() -> None:
 
 
 def test_an_encoder_and_its_decoder_vary_apart() -> None:
-    example = t5()
+    example = example_of("t5")
     graph = captured("t5", dynamic=True)
     later = {"input_ids": tokens(3, 9), "decoder_input_ids": tokens(3, 2)}
     with torch.no_grad():

@@ -13,7 +13,7 @@ from graphopt.capture.export import capture, from_program
 from graphopt.errors import CaptureError
 from graphopt.ir import provenance
 from tests._models import FAMILIES, MLP, gpt2, llama, randn, randomised
-from tests.capture._run import captured, run, same
+from tests.capture._run import captured, example_of, run, same
 
 X = randn(3, 4)
 
@@ -43,7 +43,7 @@ class Box:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_captured_model_is_the_model(family: str) -> None:
-    example = FAMILIES[family]()
+    example = example_of(family)
     graph = captured(family, dynamic=False)
     assert same(run(graph, example.model.forward, *example.args, **example.kwargs), example())
     assert graph.op_counts().keys() & {"aten.linear", "aten.convolution", "aten.conv2d"}
@@ -237,7 +237,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_every_call_knows_its_source_line(family: str, dynamic: bool) -> None:
     graph = captured(family, dynamic=dynamic)
-    modules = {"", *(name for name, _ in FAMILIES[family]().model.named_modules())}
+    modules = {"", *(name for name, _ in example_of(family).model.named_modules())}
     for node in graph.calls:
         place = provenance.of(node)
         assert place.file is not None, node.format_node()

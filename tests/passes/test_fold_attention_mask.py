@@ -204,6 +204,29 @@ def test_dynamic_sizes() -> None:
     )
 
 
+def test_a_bias_that_is_chosen_everywhere() -> None:
+    """The relative positions of T5, with a mask that forbids nothing."""
+
+    def forward(m, q, k):
+        batch, _, seq, _ = q.shape
+        everywhere = (torch.arange(seq)[None, None, :, None] >= 0).expand(batch, 1, seq, seq)
+        bias = m.table[ranges(seq)[0] + ranges(seq)[1]].permute(2, 0, 1)[None]
+        masks = (
+            torch.where(everywhere, bias, -torch.inf),
+            torch.where(everywhere, torch.zeros(seq, seq), -1.0),
+        )
+        return [F.scaled_dot_product_attention(q, k, k, mask) for mask in masks]
+
+    ran = run([*BEFORE, PASS], program(forward, table=randn(32, 3)), Q, K, dynamic=DYNAMIC)
+    (bias, _), nothing = masks_and_causal(ran)
+    assert bias is not None
+    assert bias[:2] == (1, 3)
+    assert nothing == (None, False)
+    ran.agrees(randn(3, 3, 2, 8), randn(3, 3, 2, 8, seed=1)).agrees(
+        randn(1, 3, 9, 8), randn(1, 3, 9, 8, seed=1)
+    )
+
+
 def test_dynamic_padding_as_transformers_reads_it() -> None:
     def forward(m, q, k, pad):
         batch, seq = pad.shape
