@@ -44,12 +44,17 @@ class Sizes(nn.Module):
         return x.reshape(x.shape[0] * x.shape[1], -1).sum() + y.sum()
 
 
-@pytest.fixture
-def graph() -> Graph:
+@pytest.fixture(scope="module")
+def captured() -> Graph:
     return capture(Program().eval(), (X,))
 
 
 @pytest.fixture
+def graph(captured: Graph) -> Graph:
+    return captured.clone()
+
+
+@pytest.fixture(scope="module")
 def sizes() -> Graph:
     dynamic = {"x": {0: "batch", 1: "seq"}, "y": {0: "batch", 1: "other"}}
     return capture(Sizes().eval(), (randn(3, 5, 2), randn(3, 7)), dynamic=dynamic)

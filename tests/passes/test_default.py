@@ -191,7 +191,10 @@ def test_llama(dynamic: bool) -> None:
             ran.agrees(tokens(*mask.shape), mask)
 
 
-@FIXED_AND_DYNAMIC
+SLOW_IF_DYNAMIC = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("dynamic", SLOW_IF_DYNAMIC, ids=["fixed", "dynamic"])
 def test_t5(dynamic: bool) -> None:
     example = models.t5()
     ran = optimized(example, dynamic)

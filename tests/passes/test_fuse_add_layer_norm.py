@@ -101,9 +101,12 @@ def test_two_dimensions_are_refused() -> None:
     ran.refuses("2 dimensions are normalised together")
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 8), (5, 8), (8,), (2, 5, 1)])
-def test_a_residual_that_is_broadcast_is_refused(shape: tuple[int, ...]) -> None:
-    run(PASS, program(norm_of_sum, norm=nn.LayerNorm(8)), X, randn(*shape)).refuses("differ in shape")
+def test_a_residual_that_is_broadcast_is_refused() -> None:
+    def forward(m, x, r):
+        return [m.norm(x + part) for part in (r[:1], r[0], r[0, 0], r[..., :1])]
+
+    ran = run(PASS, program(forward, norm=nn.LayerNorm(8)), X, R).refuses("differ in shape")
+    assert len(ran.remarks.of_kind("missed")) == 4
 
 
 def test_summands_of_different_type_are_refused() -> None:
@@ -111,10 +114,9 @@ def test_summands_of_different_type_are_refused() -> None:
     ran.refuses("the summands differ in type: torch.float32 and torch.bfloat16")
 
 
-@pytest.mark.parametrize("alpha", [2, -1, 0])
-def test_a_scaled_residual_stays(alpha: int) -> None:
+def test_a_scaled_residual_stays() -> None:
     def forward(m, x, r):
-        return m.norm(torch.add(x, r, alpha=alpha))
+        return [m.norm(torch.add(x, r, alpha=alpha)) for alpha in (2, -1, 0)]
 
     run(PASS, program(forward, norm=nn.LayerNorm(8)), X, R).stays()
 
