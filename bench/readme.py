@@ -51,12 +51,19 @@ def _example(name: str) -> str:
 def _table(suite: str) -> str:
     rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
     peers = [side for side in rows[0]["ms"] if not side.startswith("graphopt")]
-    head = ["case", "graphopt (ms)", *(f"{peer} (ms)" for peer in peers), "noise floor", "optimize (s)"]
+    head = [
+        "case",
+        "graphopt (ms)",
+        *(f"{peer} (ms)" for peer in peers),
+        "noise floor",
+        "optimize (s)",
+        "peak memory",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         cells = [row["case"], f"**{row['ms']['graphopt']['median']:.2f}**"]
         cells += [_peer(row, peer) for peer in peers]
-        cells += [f"±{100 * _noise(row):.0f}%", f"{row['optimize_s']:.0f}"]
+        cells += [f"±{100 * _noise(row):.0f}%", f"{row['optimize_s']:.0f}", _peak(row)]
         lines.append("| " + " | ".join(cells) + " |")
     first = rows[0]
     packages = ("torch", "onnxruntime-gpu", "onnxruntime")
@@ -76,6 +83,11 @@ def _peer(row: dict[str, Any], peer: str) -> str:
     return (
         f"{row['ms'][peer]['median']:.2f} (×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}])"
     )
+
+
+def _peak(row: dict[str, Any]) -> str:
+    """Of optimizing, the model's own weights included, in multiples of the weights."""
+    return f"{1 + row['optimize_peak_bytes'] / row['weights_bytes']:.1f} × weights"
 
 
 def _noise(row: dict[str, Any]) -> float:
