@@ -17,11 +17,15 @@ help:  ## list the targets
 demo: .venv/.installed  ## optimize a real model, embed real sentences, write report.html
 	$(RUN) examples.demo $(ARGS)
 
+# A file goes to one worker, so that fixtures are made once. A worker has one thread: more threads than cores
+# make PyTorch many times as slow.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile
+
 test: .venv/.installed  ## run the tests, but for the slow ones
-	$(RUN) pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: .venv/.installed  ## run the tests, the slow ones too
-	$(RUN) pytest --slow $(ARGS)
+	$(PYTEST) --slow $(ARGS)
 
 lint: .venv/.installed  ## look for mistakes and for formatting that differs
 	$(RUN) ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ import torch
 import graphopt
 from bench.peers import PEERS, Run, eager, tensors
 from graphopt.compiler.compare import worst_error
+from graphopt.compiler.evaluate import widen
 from graphopt.observe.snapshot import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,12 +84,10 @@ def _side(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _float64(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The outputs of a float64 copy of the model."""
-    import copy
-
+    """The outputs of a float64 copy of the model, on its inputs in float64."""
     wide = copy.deepcopy(model).double()
     with torch.no_grad():
-        return tensors(wide(*args, **kwargs))
+        return tensors(wide(*widen(args), **widen(dict(kwargs))))
 
 
 def interleave(sides: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:

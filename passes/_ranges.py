@@ -254,7 +254,10 @@ def is_causal(graph: Graph, node: Any) -> bool:
         keys, queries = as_range(graph, key), as_range(graph, query)
         if keys is None or queries is None:
             return False
-        return (keys.dim, queries.dim) == (-1, -2) and queries.start - keys.start == margin
+        if (keys.dim, queries.dim) != (-1, -2) or queries.start - keys.start != margin:
+            return False
+        rows, columns = node.meta["val"].shape[-2:]
+        return same_size(queries.length, rows) and same_size(keys.length, columns)
     dtype = node.meta["val"].dtype
     triangle: Any = node.args[0] if node.target is aten.to.dtype and dtype == torch.bool else node
     if triangle.target is aten.tril.default and dtype == torch.bool:

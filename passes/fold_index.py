@@ -23,17 +23,18 @@ def check(match: Match) -> str | None:
     shape, indices = match.val("x").shape, match["indices"]
     if len(indices) != len(shape) or any(index is None for index in indices):
         return "not every dimension is indexed"
-    result, own = match.root.meta["val"].shape, []
+    result = match.root.meta["val"].shape
+    own: dict[int, Any] = {}
     for position, (size, index) in enumerate(zip(shape, indices, strict=True)):
         found = as_range(match.graph, index)
         if found is None:
             return f"index {position} is not a range"
         if found.start != 0 or not same_size(found.length, size):
             return f"index {position} is not the whole dimension of size {size}"
-        own.append(found.dim % len(result))
-    if own != sorted(set(own)):
+        own[found.dim % len(result)] = size
+    if len(own) < len(shape) or list(own) != sorted(own):
         return "the ranges do not run along the dimensions in order"
-    repeated = any(not same_size(size, 1) for dim, size in enumerate(result) if dim not in own)
+    repeated = any(not same_size(size, own.get(dim, 1)) for dim, size in enumerate(result))
     return "the indices also repeat values" if repeated else None
 
 

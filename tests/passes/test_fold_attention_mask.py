@@ -82,6 +82,8 @@ OTHERS = {
     "all but one": lambda: true(S, S) & (ranges()[1] * ranges()[0] != 12),
     "numbers as truth": lambda: torch.logical_and(torch.zeros(S, S) + ranges()[1], true(S, S)),
     "one row for all queries": lambda: ranges()[1] <= torch.arange(1)[:, None],
+    "one row, repeated": lambda: ranges()[1].expand(S, S) <= torch.arange(1)[:, None],
+    "one column, repeated": lambda: torch.arange(1)[None] <= (ranges()[0] - 1).expand(S, S),
 }
 
 

@@ -132,6 +132,13 @@ def test_a_value_read_in_order_twice() -> None:
     run(PASS, program(forward), X).becomes("%0 = sin(x)\n%1 = add(%0, %0)\nreturn %1")
 
 
+def test_a_batch_of_one_that_is_repeated_is_refused() -> None:
+    def forward(m, x):
+        return x[torch.arange(1)[:, None], torch.arange(5).expand(3, 5)]
+
+    run(PASS, program(forward), X[:1].clone()).refuses("the indices also repeat values")
+
+
 def test_batches_of_one() -> None:
     run(PASS, read(SPELLINGS["in four dimensions"][0]), X[:1].clone()).counts(index=0, unsqueeze=2)
 
