@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from torch import fx
+from typing import TYPE_CHECKING, Literal
 
 from graphopt.errors import PassError
 from graphopt.ir.graph import Graph
@@ -88,8 +86,3 @@ def find(name: str) -> Pass:
         hint = f"did you mean {', '.join(near)}?" if near else f"the passes are: {', '.join(sorted(PASSES))}"
         raise PassError(f"there is no pass {name!r}", hint=hint)
     return PASSES[name]
-
-
-def literal(value: Any) -> bool:
-    """True for an argument that is written in the graph itself, not computed by a node."""
-    return not isinstance(value, fx.Node)
