@@ -50,7 +50,7 @@ def find(graph: Graph, node: fx.Node, affine: Affine | str, kinds: tuple[str, ..
     source: Any = affine.source if isinstance(affine, Affine) else node.args[0]
     sites = [site for site in (_behind(graph, node, affine, source), _front(graph, node, affine)) if site]
     sites = [site for site in sites if all(layer.kind in kinds for layer, _ in site.paths)]
-    found = [(site, _refusal(site)) for site in sites]
+    found = [(site, refusal(site)) for site in sites]
     if not found:
         return None
     site, reason = next((pair for pair in found if pair[1] is None), found[0])
@@ -92,15 +92,16 @@ def readers(graph: Graph, node: fx.Node) -> list[tuple[Layer | None, tuple[fx.No
     return sorted(found, key=lambda path: path[0].node if path[0] else node)
 
 
-def _refusal(site: Site) -> str | None:
+def refusal(site: Site) -> str | None:
+    """Why the layers cannot take the step over, or None."""
     if isinstance(site.affine, str):
         return site.affine
     for layer, moves in site.paths:
-        reason = layer.constants() or _refuse_sharing(layer)
+        reason = layer.constants()
         if reason is None and site.behind:
             reason = _refuse_readers(site, layer, moves)
         if reason is None:
-            reason = _refuse_values(site, layer, moves)
+            reason = _refuse_values(site, layer, moves) or _refuse_sharing(layer)
         if reason is not None:
             return reason
     return None

@@ -133,10 +133,12 @@ def layer_of(graph: Graph, node: Any) -> Layer | None:
 def with_arguments(rewriter: Rewriter, node: fx.Node, **changes: Any) -> fx.Node:
     """Stage the same call with other arguments; those at the end that have their defaults are left out."""
     given = {name: (changes.get(name, value), default) for name, (value, default) in arguments(node).items()}
-    pairs = list(given.values())
+    named = {a.name for a in node.target._schema.arguments if a.kwarg_only}  # type: ignore[union-attr]
+    pairs = [pair for name, pair in given.items() if name not in named]
     while pairs and _is_default(*pairs[-1]):
         pairs.pop()
-    return rewriter.call(node.target, *(value for value, _ in pairs))  # type: ignore[arg-type]
+    kwargs = {name: given[name][0] for name in given if name in named and not _is_default(*given[name])}
+    return rewriter.call(node.target, *(value for value, _ in pairs), **kwargs)  # type: ignore[arg-type]
 
 
 def _is_default(value: Any, default: Any) -> bool:
