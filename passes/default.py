@@ -12,12 +12,15 @@ from graphopt.passes import (
     fold_constants,
     fold_conv_batch_norm,
     fold_conv_conv,
+    fold_embedding_linear,
+    fold_embedding_sum,
     fold_index,
     fold_linear_batch_norm,
     fold_linear_linear,
     fold_linear_reshape,
     fold_norm_affine,
     fold_scale,
+    fold_sizes,
     fuse_add_layer_norm,
     fuse_add_rms_norm,
     fuse_attention,
@@ -51,8 +54,13 @@ class Entry:
 
 PIPELINE: tuple[Entry, ...] = (
     Entry(remove_noops.PASS, "patterns then see producers, not casts and views that do nothing"),
+    Entry(fold_sizes.PASS, "what is made of equal sizes is then equal, and merged below"),
     Entry(merge_casts.PASS, "likewise: a value, not the round trip that it makes through another type"),
     Entry(fold_index.PASS, "needs the ranges that index a mask before folding makes constants of them"),
+    Entry(
+        fold_embedding_sum.PASS,
+        "fewer lookups are left to fuse; needs them before folding makes rows of them",
+    ),
     Entry(
         fuse_embedding_layer_norm.PASS, "needs the lookups before folding makes a row of the position table"
     ),
@@ -66,6 +74,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fuse_linear.PASS, "one spelling of a projection for every pass below"),
     Entry(fold_linear_batch_norm.PASS, "once every projection is a linear"),
     Entry(fold_linear_reshape.PASS, "a projection's own neighbours then stand next to it"),
+    Entry(fold_embedding_linear.PASS, "once every projection is a linear"),
     Entry(fold_linear_linear.PASS, "once no batch norm stands between two projections"),
     Entry(fuse_gelu.PASS, "a spelled-out GELU is one node before it is fused with its bias"),
     Entry(fuse_rms_norm.PASS, "before the residual norms, which match the whole norm"),
