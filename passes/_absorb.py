@@ -196,10 +196,10 @@ def fold(rewriter: Rewriter, match: Match, how: str) -> None:
         weight, bias = _new_weights(site, layer, *found)
         made_from = [node for node in (layer.weight, layer.bias) if node is not None]
         made_from += site.affine.constants
-        changes: dict[str, Any] = {"weight": rewriter.constant(layer.narrow_weight(weight), made_from, how)}
+        changes: dict[str, Any] = {"weight": _constant(rewriter, layer.narrow_weight(weight), made_from, how)}
         if bias is not None:
             narrow = bias.to(layer.weight.meta["val"].dtype)
-            changes["bias"] = rewriter.constant(narrow, made_from, how)
+            changes["bias"] = _constant(rewriter, narrow, made_from, how)
         if site.behind:
             result = with_arguments(rewriter, layer.node, **changes)
             for move in moves:
@@ -210,6 +210,19 @@ def fold(rewriter: Rewriter, match: Match, how: str) -> None:
         for move in moves:
             source = rewriter.call(move.target, source, *move.args[1:], **move.kwargs)  # type: ignore[arg-type]
         rewriter.replace(layer.node, with_arguments(rewriter, layer.node, input=source, **changes))
+
+
+def _constant(rewriter: Rewriter, tensor: torch.Tensor, made_from: list[fx.Node], how: str) -> fx.Node:
+    """A constant; the same one where another site made it already (a table for encoder and decoder)."""
+    graph = rewriter.graph
+    names = (name for node in made_from for name in graph.constants[str(node.target)].sources)
+    sources = tuple(dict.fromkeys(names))
+    for name, known in graph.constants.items():
+        if (known.how, known.sources, known.tensor.dtype) == (how, sources, tensor.dtype):
+            reading = next(iter(graph.fx.find_nodes(op="get_attr", target=name)), None)
+            if reading is not None and torch.equal(known.tensor, tensor):
+                return reading
+    return rewriter.constant(tensor, made_from, how)
 
 
 def sites(graph: Graph, targets: tuple[Any, ...], kinds: tuple[str, ...]) -> Iterator[Match]:

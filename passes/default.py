@@ -13,6 +13,7 @@ from graphopt.passes import (
     fold_conv_batch_norm,
     fold_conv_conv,
     fold_embedding_linear,
+    fold_embedding_scale,
     fold_embedding_sum,
     fold_index,
     fold_linear_batch_norm,
@@ -58,6 +59,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fold_sizes.PASS, "what is made of equal sizes is then equal, and merged below"),
     Entry(merge_casts.PASS, "likewise: a value, not the round trip that it makes through another type"),
     Entry(fold_index.PASS, "needs the ranges that index a mask before folding makes constants of them"),
+    Entry(fold_embedding_scale.PASS, "a scaled lookup is a lookup for the next two"),
     Entry(
         fold_embedding_sum.PASS,
         "fewer lookups are left to fuse; needs them before folding makes rows of them",

@@ -1,8 +1,8 @@
 """linear(x, w, b) * c + d -> linear(x, w * c, b * c + d), and linear(x * c + d, w, b) -> linear(x, w', b').
 
-A constant by which a projection, a convolution or a lookup is multiplied, or that is added to it, one number
-for all or one a channel; behind it or in front of it, through reshapes and transposes. In front: the
-``(x - mean) / std`` of normalised images. Embeddings are scaled unless their table is also the head's.
+A constant by which a projection or a convolution is multiplied, or that is added to it, one number for all
+or one a channel; behind it or in front, through reshapes and transposes. In front: the ``(x - mean) / std``
+of normalised images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graphopt.passes._affine import STEPS
 
 def pattern(graph: Graph) -> Iterator[Match]:
     """Every multiplication by a constant, and addition of one, next to a layer."""
-    return sites(graph, STEPS, ("projection", "convolution", "lookup"))
+    return sites(graph, STEPS, ("projection", "convolution"))
 
 
 def check(match: Match) -> str | None:
