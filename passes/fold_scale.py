@@ -33,4 +33,6 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     fold(rewriter, match, "scale folded")
 
 
-PASS = register(Pass("fold_scale", "fold", pattern, rewrite, check))
+PASS = register(
+    Pass("fold_scale", "fold", pattern, rewrite, check, opens=("fold_linear_linear", "fold_conv_conv"))
+)
