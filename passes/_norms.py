@@ -188,9 +188,15 @@ def common_dtype(match: Match) -> torch.dtype:
     """The type that holds the norm's input, result, weight and bias."""
     dtype = operand_dtype(match)
     for name in ("weight", "bias"):
-        if match[name] is not None:
+        if match[name] is not None and not _is_exact(match.graph, match[name], dtype):
             dtype = torch.promote_types(dtype, match.val(name).dtype)
     return dtype
+
+
+def _is_exact(graph: Graph, node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether a weight is a constant whose values a type of fewer bits holds: it was cast before folding."""
+    constant = graph.constant(node)
+    return constant is not None and torch.equal(constant.to(dtype).to(constant.dtype), constant)
 
 
 def cast(rewriter: Rewriter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -211,7 +217,8 @@ def vector(rewriter: Rewriter, match: Match, name: str, dtype: torch.dtype) -> f
     sizes = [match.val("x").shape[dim] for dim in match["dims"]]
     if not same_shape(node.meta["val"].shape, sizes):
         node = rewriter.call(aten.reshape.default, node, sizes)
-    return cast(rewriter, node, torch.promote_types(dtype, node.meta["val"].dtype))
+    exact = _is_exact(match.graph, match[name], dtype)
+    return cast(rewriter, node, dtype if exact else torch.promote_types(dtype, node.meta["val"].dtype))
 
 
 def last(match: Match) -> tuple[list[int], list[int]] | None:

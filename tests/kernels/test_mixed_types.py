@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.kernels import add_rms_norm, rms_norm
+from graphopt.kernels import add_rms_norm, rms_norm, rope
 from tests._models import randn
 from tests.kernels.test_ops import Calls, Sample, assert_right, outputs, run_onnx, to_onnx
 
 X, R, W = randn(2, 5, 24), randn(2, 5, 24, seed=1), randn(24, seed=2)
+TABLES = randn(1, 5, 4), randn(1, 5, 4, seed=1)
 MIXED = {
     "rms_norm": lambda dtype: (rms_norm.OP, (X.to(dtype), W, 1e-6)),
     "add_rms_norm": lambda dtype: (add_rms_norm.OP, (X.to(dtype), R.to(dtype), W, 1e-6)),
+    "rope": lambda dtype: (rope.OP, (randn(2, 5, 3, 8).to(dtype), *TABLES)),
+    "partial rope": lambda dtype: (rope.OP, (randn(2, 5, 3, 10).to(dtype), *TABLES, True)),
 }
 
 
