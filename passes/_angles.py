@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, same_size
 from graphopt.ir.pattern import argument
 
 aten = torch.ops.aten
@@ -84,16 +84,16 @@ def _of_same_columns(node: Any) -> Any:
     tensors = [value for value in node.args if isinstance(value, fx.Node)]
     rank, width = node.meta["val"].dim(), node.meta["val"].shape[-1]
     if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor):
-        wide = [value for value in tensors if _width(value) != 1]
-        return wide[0] if len(wide) == 1 and _width(wide[0]) == width else None
-    elsewhere = node.target in _WITH_DIM and argument(node, "dim") not in (
-        -1,
-        rank - 1,
-        source.meta["val"].dim() - 1,
-    )
+        wide = [value for value in tensors if not same_size(_width(value), 1)]
+        return wide[0] if len(wide) == 1 and same_size(_width(wide[0]), width) else None
+    elsewhere = node.target in _WITH_DIM
+    if elsewhere:
+        ranks = max(rank, source.meta["val"].dim())  # before a dimension goes, or after one came
+        elsewhere = argument(node, "dim") % ranks != ranks - 1
     indexed = node.target is aten.index.Tensor and len(node.args[1]) < source.meta["val"].dim()
     kept = elsewhere or indexed or node.target in (*_POINTWISE, *_SHAPED)
-    return source if kept and isinstance(source, fx.Node) and _width(source) == width else None
+    fits = kept and isinstance(source, fx.Node) and same_size(_width(source), width)
+    return source if fits else None
 
 
 def _width(node: fx.Node) -> Any:

@@ -251,7 +251,9 @@ def _times(features: Features, table: fx.Node, part: str = "") -> Features | Non
     ):
         table, layout = table.args[0], layout[:-1]  # type: ignore[assignment]
     width = table.meta["val"].shape[-1] if _rank(table) else 1
-    if list(features.parts) != [None] or not layout or width not in (1, layout[-1]):
+    if list(features.parts) != [None] or not layout or not isinstance(width, int):
+        return None
+    if width not in (1, layout[-1]):
         return None
     if len(layout) > 1:  # a table over more than one dimension of features
         return None

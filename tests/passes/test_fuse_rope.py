@@ -177,6 +177,15 @@ def test_neighbours_of_part_of_the_features() -> None:
     ran.counts(rope=2, cat=0, stack=0, slice=0)
 
 
+def test_tokens_first_with_the_tables_of_transformers() -> None:
+    def forward(m, q, k, positions):
+        cos, sin = tables(positions)
+        return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+
+    ran = run(PASS, program(forward), randn(2, 5, 3, 8), randn(2, 5, 1, 8), torch.arange(5)[None])
+    ran.counts(rope=2, cat=0, slice=0, transpose=0)
+
+
 def test_a_table_that_is_looked_up() -> None:
     def forward(m, x, ids):
         cos, sin = m.cos[ids].unsqueeze(1), m.sin[ids].unsqueeze(1)
