@@ -27,6 +27,8 @@ pattern = Call(
     tensor("mask"),
     is_causal=Var("causal"),
     scale=Var("scale"),
+    softcap=Var("softcap"),
+    fill=Var("fill"),
 )
 
 
