@@ -34,7 +34,8 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, float? scale=None,"
     " float? softcap=None, float? fill=None) -> Tensor"
 )
-_SWALLOWS = -1e30  # adding any score to a number below this one gives that number, in 24 bits and more
+_FEW = 2**13  # numbers: fewer than a sequence of 8 has at a width of 512
+SWALLOWS = -1e30  # adding any score to a number below this one gives that number, in 24 bits and more
 
 
 def _shape(
@@ -102,9 +103,13 @@ def _reference(
 ) -> torch.Tensor:
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    if softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):
-        scores = (query_BSHD, key_BTKD, mask, is_causal, scale, softcap, fill)
-        return _weighted(_weights(*scores), value_BTKE).to(query_BSHD.dtype)
+    few = query_BSHD.device.type == "cpu" and query_BSHD.numel() + key_BTKD.numel() <= _FEW
+    if few or softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):
+        # Two float32 kernels may differ by 40 ulp where scores are of order 10, which the verification of a
+        # small region would take for a fault. Larger ones average, and there float64 would take its time.
+        wide = torch.float64 if few else torch.promote_types(query_BSHD.dtype, torch.float32)
+        scores = (query_BSHD.to(wide), key_BTKD.to(wide), mask, is_causal, scale, softcap, fill)
+        return _weighted(_weights(*scores), value_BTKE.to(wide)).to(query_BSHD.dtype)
     empty = None
     if mask is not None:
         if is_causal:  # torch takes one or the other
@@ -130,7 +135,7 @@ def _reference(
 
 def _is_swallowing(fill: float, dtype: torch.dtype) -> bool:
     """True when a score plus the fill is the fill, so that adding it is as good as filling it in."""
-    return fill == -math.inf or torch.finfo(dtype).min <= fill <= _SWALLOWS
+    return fill == -math.inf or torch.finfo(dtype).min <= fill <= SWALLOWS
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -151,11 +156,10 @@ def _weights(
     softcap: float | None,
     fill: float | None,
 ) -> torch.Tensor:
-    """The softmax of the scores, (B, H, S, T), in float32 at least."""
+    """The softmax of the scores, (B, H, S, T)."""
     (B, S, H, D), (T, K) = query_BSHD.shape, key_BTKD.shape[1:3]
-    wide = torch.promote_types(query_BSHD.dtype, torch.float32)
-    query_BKGSD = query_BSHD.reshape(B, S, K, H // K, D).permute(0, 2, 3, 1, 4).to(wide)
-    key_BK1DT = key_BTKD.permute(0, 2, 3, 1)[:, :, None].to(wide)
+    query_BKGSD = query_BSHD.reshape(B, S, K, H // K, D).permute(0, 2, 3, 1, 4)
+    key_BK1DT = key_BTKD.permute(0, 2, 3, 1)[:, :, None]
     scale = D**-0.5 if scale is None else scale
     scores_BHST = (query_BKGSD @ key_BK1DT).reshape(B, H, S, T) * scale
     if softcap is not None:
@@ -177,7 +181,7 @@ def _weights(
 
 def _weighted(weights_BHST: torch.Tensor, value_BTKE: torch.Tensor) -> torch.Tensor:
     (B, H, S, T), (K, E) = weights_BHST.shape, value_BTKE.shape[2:]
-    value_BK1TE = value_BTKE.transpose(1, 2)[:, :, None].to(weights_BHST.dtype)
+    value_BK1TE = value_BTKE.transpose(1, 2)[:, :, None]
     out_BHSE = (weights_BHST.reshape(B, K, H // K, S, T) @ value_BK1TE).reshape(B, H, S, E)
     return out_BHSE.transpose(1, 2).contiguous()
 
@@ -221,9 +225,9 @@ def _onnx(
     heads, kv_heads = query.shape[2], key.shape[2]
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         raise ValueError(f"attention: ONNX needs fixed numbers of heads, not {heads} and {kv_heads}")
-    if mask is None and (fill is None or fill <= _SWALLOWS):
+    if mask is None and (fill is None or fill <= SWALLOWS):
         fill = None  # causality alone leaves no row without a key
-    if fill is not None and (fill > _SWALLOWS or query.dtype == ir.DataType.FLOAT16):
+    if fill is not None and (fill > SWALLOWS or query.dtype == ir.DataType.FLOAT16):
         factor = query.shape[3] ** -0.5 if scale is None else scale
         return written_out(query, key, value, mask, is_causal, factor, softcap, fill)
     if mask is not None and fill is not None:

@@ -12,11 +12,10 @@ from torch import fx
 
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
+from graphopt.kernels.attention import SWALLOWS
 from graphopt.passes._scores import NotAttentionError, Term
 
 aten = torch.ops.aten
-
-_SWALLOWS = -1e30  # adding any score to a number below this one gives that number
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def recipe(graph: Graph, terms: Sequence[Term], dtype: torch.dtype) -> Recipe:
     """How to combine the terms without changing a number.
 
     A finite fill replaces a score, and adding it instead is the same only where it swallows every score: from
-    float32's lowest number upwards to ``_SWALLOWS``.
+    float32's lowest number upwards to ``SWALLOWS``.
 
     Raises:
         NotAttentionError: they cannot be combined.
@@ -47,7 +46,9 @@ def recipe(graph: Graph, terms: Sequence[Term], dtype: torch.dtype) -> Recipe:
         return Recipe("none")
     for term in terms:
         if term.fill is not None and term.node.meta["val"].dtype != torch.bool:
-            raise NotAttentionError(f"the condition {term.node.name} is {term.node.meta['val'].dtype}, not bool")
+            raise NotAttentionError(
+                f"the condition {term.node.name} is {term.node.meta['val'].dtype}, not bool"
+            )
     fills = [term.fill for term in terms if term.fill is not None]
     if len(fills) == len(terms) and len(set(fills)) == 1:
         return Recipe("where", _within(fills[0], dtype))
@@ -59,7 +60,7 @@ def recipe(graph: Graph, terms: Sequence[Term], dtype: torch.dtype) -> Recipe:
         if -math.inf in fills or min(lows, default=0.0) == -math.inf:
             raise NotAttentionError(f"scores that may be -inf already are filled with {terms[-1].fill:.6g}")
         return Recipe("added", terms[-1].fill, last=True)
-    tame = all(low > _SWALLOWS for low in lows)
+    tame = all(low > SWALLOWS for low in lows)
     alone = len(terms) == 1 and min(lows, default=0.0) > -math.inf
     return Recipe("added", None if (tame and -math.inf not in fills) or alone else -math.inf)
 
@@ -103,7 +104,7 @@ def combined(
 
 
 def _swallows(fill: float, dtype: torch.dtype) -> bool:
-    return fill == -math.inf or (fill <= _SWALLOWS and torch.finfo(dtype).min <= _SWALLOWS)
+    return fill == -math.inf or (fill <= SWALLOWS and torch.finfo(dtype).min <= SWALLOWS)
 
 
 def _within(fill: float, dtype: torch.dtype) -> float:
@@ -135,7 +136,7 @@ def _reach(graph: Graph, bias: fx.Node) -> float:
             literals = [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, float)]
             before = lowest
             lowest = min([lowest, *literals])
-            if before <= _SWALLOWS and min(literals, default=0.0) <= _SWALLOWS:
+            if before <= SWALLOWS and min(literals, default=0.0) <= SWALLOWS:
                 return -math.inf  # two of them may add up to it
             work.extend(source for source in node.all_input_nodes if source.meta["val"] is not None)
     return lowest

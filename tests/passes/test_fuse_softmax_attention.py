@@ -155,9 +155,7 @@ def test_grouped_heads() -> None:
 
 
 PACKED = {
-    "chunks": lambda m, x: [
-        y.reshape(B, S, H, D).transpose(1, 2) for y in m.qkv(x).chunk(3, dim=-1)
-    ],
+    "chunks": lambda m, x: [y.reshape(B, S, H, D).transpose(1, 2) for y in m.qkv(x).chunk(3, dim=-1)],
     "timm": lambda m, x: m.qkv(x).reshape(B, S, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0),
     "indexed": lambda m, x: [m.qkv(x).reshape(B, S, 3, H, D).permute(2, 0, 3, 1, 4)[i] for i in range(3)],
 }
@@ -200,8 +198,9 @@ MASKS = {
     "a bias and a mask": lambda m, s, pad: (s + m.bias).masked_fill(~pad, LOWEST),
     "a bias and -1e9": lambda m, s, pad: (s + m.bias).masked_fill(~pad, -1e9),
     "a mask and a bias": lambda m, s, pad: s.masked_fill(~pad, -math.inf) + m.bias,
-    "causal lowest, added lowest": lambda m, s, pad: torch.where(CAUSAL, s, LOWEST)
-    + (1.0 - pad.float()) * LOWEST,
+    "causal lowest, added lowest": lambda m, s, pad: (
+        torch.where(CAUSAL, s, LOWEST) + (1.0 - pad.float()) * LOWEST
+    ),
     "scaled behind the mask": lambda m, s, pad: s.masked_fill(~pad, -1e9) * 0.5,
     "a bias, scaled": lambda m, s, pad: (s + m.bias) / 2,
     "cap": lambda m, s, pad: torch.tanh(s / 30.0) * 30.0,
