@@ -227,7 +227,8 @@ def _onnx(
         raise ValueError(f"attention: ONNX needs fixed numbers of heads, not {heads} and {kv_heads}")
     if mask is None and (fill is None or fill <= SWALLOWS):
         fill = None  # causality alone leaves no row without a key
-    if fill is not None and (fill > SWALLOWS or query.dtype == ir.DataType.FLOAT16):
+    narrow = query.dtype == ir.DataType.FLOAT16  # which has no number that swallows scores but -inf
+    if fill is not None and (fill > SWALLOWS or (narrow and fill > -math.inf)):
         factor = query.shape[3] ** -0.5 if scale is None else scale
         return written_out(query, key, value, mask, is_causal, factor, softcap, fill)
     if mask is not None and fill is not None:

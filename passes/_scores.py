@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Scores:
         scale: what the product is multiplied by.
         softcap: the bound that a hyperbolic tangent gives it, None without one.
         terms: masks and biases in the order in which they apply.
+        divisors: tensors that the product is divided by, the same for every key.
+        multipliers: tensors that it is multiplied by, likewise.
     """
 
     product: Product
@@ -64,7 +66,9 @@ class Scores:
     leads: tuple[dict[str, Any], ...]
     scale: float
     softcap: float | None = None
-    terms: tuple[Term, ...] = field(default=())
+    terms: tuple[Term, ...] = ()
+    divisors: tuple[Term, ...] = ()
+    multipliers: tuple[Term, ...] = ()
 
     @property
     def lead(self) -> tuple[str, ...]:
@@ -202,7 +206,7 @@ def _multiplied(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
         return f"{describe(step)} squares the scores"
     factor = as_uniform(graph, _other(scores, step))
     if factor is None:
-        return f"{describe(step)} multiplies the scores by a tensor"
+        return _scaled_by_tensor(scores, step)
     if step.target is aten.div.Tensor:
         factor = 1 / factor if factor else 0
     if not factor > 0:
@@ -213,6 +217,20 @@ def _multiplied(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
     )
     cap = None if scores.softcap is None else scores.softcap * factor
     return replace(scores, scale=scores.scale * factor, softcap=cap, terms=terms)
+
+
+def _scaled_by_tensor(scores: Scores, step: fx.Node) -> Scores | str:
+    """A temperature a head, or a query: the same for every key, it may as well scale the queries."""
+    other = _other(scores, step)
+    divides = step.target is aten.div.Tensor
+    if scores.terms or scores.softcap is not None:
+        return f"{describe(step)} multiplies scores that are masked or capped already by a tensor"
+    term = _term(scores, other)
+    if scores.column in term.axes:
+        return f"{describe(step)} multiplies the scores by a tensor that differs between keys"
+    if divides:
+        return replace(scores, divisors=(*scores.divisors, term))
+    return replace(scores, multipliers=(*scores.multipliers, term))
 
 
 def _added(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:

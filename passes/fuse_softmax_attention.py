@@ -65,9 +65,10 @@ def _refuse_heads(found: Attention) -> str | None:
 def _refuse_masks(graph: Graph, found: Attention) -> str | None:
     """Masks and biases must make one mask of the queries' type."""
     dtype = found.root.meta["val"].dtype
+    scores = found.scores
     try:
-        recipe(graph, found.scores.terms, dtype)
-        for term in found.scores.terms:
+        recipe(graph, scores.terms, dtype)
+        for term in (*scores.terms, *scores.divisors, *scores.multipliers):
             operand, groups = placed(term, found)
             for axis in [name for group in groups for name in _partly(operand, group)]:
                 if not isinstance(_sizes(found, term)[axis], int):
@@ -100,6 +101,9 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     if _heads(found, key) != _heads(found, value):
         key, value = found.key, found.value
     query_BSHD = _arranged(rewriter, found, found.query, scores.query, scores.product.summed)
+    for target, terms in ((aten.mul.Tensor, scores.multipliers), (aten.div.Tensor, scores.divisors)):
+        for term in terms:
+            query_BSHD = rewriter.call(target, query_BSHD, _temperature(rewriter, found, term))
     key_BTKD = _arranged(rewriter, found, key, scores.column, scores.product.summed)
     value_BTKE = _arranged(rewriter, found, value, scores.column, found.feature)
     made = recipe(match.graph, scores.terms, dtype)
@@ -162,6 +166,16 @@ def _mask(rewriter: Rewriter, found: Attention, term: Term) -> fx.Node:
     for group in groups:
         operand = expanded(rewriter, operand, _partly(operand, group), _sizes(found, term))
     return grouped(rewriter, operand, groups)
+
+
+def _temperature(rewriter: Rewriter, found: Attention, term: Term) -> fx.Node:
+    """What scales the scores of a query, broadcastable to (B, S, H, D)."""
+    operand, (batch, heads, query, column) = placed(term, found)
+    if JOINED in operand.axes:
+        operand = split(rewriter, operand, JOINED, found.factors)
+    for group in (batch, heads):
+        operand = expanded(rewriter, operand, _partly(operand, group), _sizes(found, term))
+    return grouped(rewriter, operand, [batch, query, heads, column])
 
 
 def _result(rewriter: Rewriter, found: Attention, attended: fx.Node) -> fx.Node:

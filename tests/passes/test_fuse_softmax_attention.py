@@ -58,15 +58,16 @@ SCALES = {
     "of transposed keys": lambda m, q, k, v: attend(q @ (k.mT / math.sqrt(D)), v),
     "of both": lambda m, q, k, v: attend((q * D**-0.25) @ (k / math.sqrt(math.sqrt(D))).mT, v),
     "a tensor": lambda m, q, k, v: attend(q @ k.mT / torch.sqrt(torch.tensor(float(D))), v),
+    "a tensor a head": lambda m, q, k, v: attend(q @ k.mT * m.temperature / m.temperature.exp(), v),
     "twice": lambda m, q, k, v: attend(q @ k.mT / 2 * 0.3, v),
 }
 
 
 def test_scales() -> None:
-    ran = each(SCALES, Q, K, V)
-    found = [node.args[5] for node in attentions(ran)]
-    assert found == pytest.approx([1.0] + [D**-0.5] * 7 + [0.15]) or found
-    ran.counts(mul=0, div=0)
+    ran = each(SCALES, Q, K, V, temperature=randn(H, 1, 1))
+    found = [node.args[5] or D**-0.5 for node in attentions(ran)]
+    assert found == pytest.approx([1.0] + [D**-0.5] * 7 + [1.0, 0.15])
+    ran.counts(mul=1, div=1)
 
 
 PRODUCTS = {
@@ -241,3 +242,220 @@ def test_half_precision() -> None:
         ),
     }
     each(spellings, *(x.bfloat16() for x in (Q, K, V)))
+
+
+def test_what_becomes_of_the_graph() -> None:
+    def forward(m, q, k, v, pad):
+        scores = (q @ k.transpose(-2, -1)) * 0.5
+        scores = scores.masked_fill(pad[:, None, None] == 0, -1e9)
+        return torch.softmax(scores, dim=-1) @ v
+
+    run(PASS, program(forward), Q, K, V, PADDING).becomes(
+        before="""
+            %0 = transpose(k, -2, -1)
+            %1 = matmul(q, %0)
+            %2 = mul(%1, 0.5)
+            %3 = unsqueeze(pad, 1)
+            %4 = unsqueeze(%3, 2)
+            %5 = eq(%4, 0)
+            %6 = masked_fill(%2, %5, -1e+09)
+            %7 = softmax(%6, -1)
+            %8 = matmul(%7, v)
+            return %8
+        """,
+        expected="""
+            %0 = transpose(q, 1, 2)
+            %1 = transpose(k, 1, 2)
+            %2 = transpose(v, 1, 2)
+            %3 = unsqueeze(pad, 1)
+            %4 = unsqueeze(%3, 2)
+            %5 = eq(%4, 0)
+            %6 = logical_not(%5)
+            %7 = graphopt.attention(%0, %1, %2, %6, False, 0.5, fill=-1e+09)
+            %8 = transpose(%7, 1, 2)
+            return %8
+        """,
+    )
+
+
+def test_projections_of_one_input_with_joined_heads() -> None:
+    """As BART did: the queries are scaled, and batch and heads are one dimension at both products."""
+
+    def forward(m, x):
+        q, k, v = (
+            y.view(B, S, H, D).transpose(1, 2).reshape(B * H, S, D)
+            for y in (m.q(x) * D**-0.5, m.k(x), m.v(x))
+        )
+        out = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return out.view(B, H, S, D).transpose(1, 2).reshape(B, S, H * D)
+
+    weights = {name: nn.Linear(H * D, H * D) for name in "qkv"}
+    run(PASSES, program(forward, **weights), randn(B, S, H * D)).becomes("""
+        %0 = linear(x, q.weight, q.bias)
+        %1 = linear(x, k.weight, k.bias)
+        %2 = linear(x, v.weight, v.bias)
+        %3 = reshape(%1, [2, 5, 4, 8])
+        %4 = reshape(%2, [2, 5, 4, 8])
+        %5 = reshape(%0, [2, 5, 4, 8])
+        %6 = graphopt.attention(%5, %3, %4, None, False, None)
+        %7 = reshape(%6, [2, 5, 32])
+        return %7
+    """)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_layer_of_torch(batch_first: bool) -> None:
+    def forward(m, x, pad):
+        return m.layer(x, x, x, key_padding_mask=pad)[0]
+
+    model = program(forward, layer=nn.MultiheadAttention(16, 4, batch_first=batch_first))
+    x, pad = randn(B, S, 16), PADDING == 0
+    run(PASSES, model, x if batch_first else x.transpose(0, 1).contiguous(), pad).counts(
+        attention=1, softmax=0
+    )
+
+
+def test_shifted_windows() -> None:
+    """As Swin has them: a bias a head, and a mask a window."""
+
+    def forward(m, q, k, v):
+        scores = q @ k.mT * D**-0.5 + m.bias
+        scores = (scores.view(1, B, H, S, S) + m.window[None, :, None]).view(B, H, S, S)
+        return scores.softmax(-1) @ v
+
+    window = (torch.rand(B, S, S) > 0.8).float() * -100.0
+    ran = run(PASSES, program(forward, bias=randn(1, H, S, S), window=window), Q, K, V)
+    assert ran.counts(attention=1)
+
+
+REFUSED: dict[str, tuple[Callable[..., object], str]] = {
+    "read by the caller": (
+        lambda m, q, k, v: (p := (q @ k.mT).softmax(-1), p @ v),
+        "the probabilities are also read by the caller",
+    ),
+    "read by another op": (
+        lambda m, q, k, v: ((p := (q @ k.mT).softmax(-1)) @ v, p.mean(1)),
+        r"the probabilities are also read by aten.mean \(mean\)",
+    ),
+    "two products": (
+        lambda m, q, k, v: ((p := (q @ k.mT).softmax(-1)) @ v, p @ k),
+        "the probabilities are also read by two products",
+    ),
+    "changed": (
+        lambda m, q, k, v: (q @ k.mT).softmax(-1).reshape(B, H * S, S).reshape(B, H, S, S) @ v,
+        "reshapes",
+    ),
+    "scores read too": (
+        lambda m, q, k, v: ((s := q @ k.mT).softmax(-1) @ v, s.amax(-1)),
+        "matmul is also read by amax",
+    ),
+    "along the queries": (
+        lambda m, q, k, v: (q @ k.mT).softmax(-2) @ v,
+        "the softmax does not run along the axis that aten.matmul",
+    ),
+    "along the heads": (
+        lambda m, q, k, v: (q @ k.mT).softmax(1) @ v,
+        "the softmax does not run along the keys of aten.matmul",
+    ),
+    "another function": (
+        lambda m, q, k, v: torch.relu(q @ k.mT).softmax(-1) @ v,
+        r"aten.relu \(relu\) is no product of queries and keys",
+    ),
+    "a negative scale": (lambda m, q, k, v: (q @ k.mT * -1.0).softmax(-1) @ v, "-1.0, which is not above zero"),
+    "squared": (lambda m, q, k, v: ((s := q @ k.mT) * s).softmax(-1) @ v, "squares the scores"),
+    "scaled by key": (
+        lambda m, q, k, v: (q @ k.mT * k[:, :, None, :, 0]).softmax(-1) @ v,
+        "differs between keys",
+    ),
+    "scaled by a tensor behind a mask": (
+        lambda m, q, k, v: ((q @ k.mT).masked_fill(~CAUSAL, -1e9) * q[..., :1]).softmax(-1) @ v,
+        "masked or capped already by a tensor",
+    ),
+    "a number added": (lambda m, q, k, v: (q @ k.mT + 1.5).softmax(-1) @ v, "adds 1.5 to the scores"),
+    "subtracted from": (lambda m, q, k, v: (v @ v.mT - q @ k.mT).relu().softmax(-1) @ v, "relu"),
+    "replaced by another tensor": (
+        lambda m, q, k, v: torch.where(CAUSAL, q @ k.mT, v @ v.mT).softmax(-1) @ v,
+        "replaces scores by values that are not one number",
+    ),
+    "capped twice": (
+        lambda m, q, k, v: torch.tanh(torch.tanh(q @ k.mT)).softmax(-1) @ v,
+        "caps scores that are masked or capped already",
+    ),
+    "filled, then biased": (
+        lambda m, q, k, v: ((q @ k.mT).masked_fill(~CAUSAL, -1e4) + q[..., :1]).softmax(-1) @ v,
+        "scores filled with -10000 are masked or biased again",
+    ),
+    "filled with two numbers": (
+        lambda m, q, k, v: (
+            (q @ k.mT).masked_fill(~CAUSAL, -math.inf).masked_fill(CAUSAL.mT, -1e4).softmax(-1) @ v
+        ),
+        "scores that may be -inf already are filled with -10000",
+    ),
+    "values a query": (
+        lambda m, q, k, v: torch.einsum(
+            "bhqk,bhqkd->bhqd", (q @ k.mT).softmax(-1), v[:, :, None] * q[:, :, :, None]
+        ),
+        "no axis of features alone",
+    ),
+    "added to something": (
+        lambda m, q, k, v: torch.baddbmm(q[0], (q[0] @ k[0].mT).softmax(-1), v[0]),
+        "adds to what is attended to",
+    ),
+    "other types": (
+        lambda m, q, k, v: (q.double() @ k.double().mT).softmax(-1).float() @ v,
+        "the query is torch.float64, but the result torch.float32",
+    ),
+    "tokens reshaped": (
+        lambda m, q, k, v: (q @ k.mT).reshape(B, H, 1, S * S).softmax(-1) @ v.repeat(1, 1, S, 1),
+        "moves the axis|reshapes more than the batch and the heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    attention, reason = REFUSED[name]
+    run(PASS, program(attention), Q, K, V).refuses(reason)
+
+
+def test_no_word_about_what_nobody_would_call_attention() -> None:
+    def forward(m, x, q, k, v):
+        return x.softmax(-1), (q @ k.mT).softmax(-1), torch.sigmoid(q @ k.mT) @ v
+
+    ran = run(PASS, program(forward), randn(3, 7), Q, K, V).stays()
+    assert not ran.remarks.of_kind("missed")
+
+
+DYNAMIC = {name: {0: "batch", 2: "seq"} for name in "qkv"}
+
+
+def test_dynamic_sizes() -> None:
+    def forward(m, q, k, v):
+        seq = q.shape[2]
+        causal = m.tril[:, :, :seq, :seq] == 0
+        scores = (q @ k.mT / math.sqrt(D)).masked_fill(causal, -math.inf)
+        joined = torch.bmm((0.3 * q).flatten(0, 1), k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1)
+        grouped = q.view(-1, 2, 2, seq, D) @ k[:, :2, None].mT
+        return scores.softmax(-1) @ v, joined.view(-1, H, seq, D), grouped.softmax(-1) @ v[:, :2, None]
+
+    tril = torch.ones(1, 1, 9, 9, dtype=torch.long).tril()
+    ran = run(PASSES, program(forward, tril=tril), Q, K, V, dynamic=DYNAMIC).counts(attention=3, softmax=0)
+    for batch, seq in ((3, 2), (1, 9)):
+        ran.agrees(*(randn(batch, H, seq, D, seed=i) for i in range(3)))
+
+
+def test_heads_of_any_number_are_refused() -> None:
+    def forward(m, q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+    run(PASS, program(forward), Q, K, V, dynamic={n: {1: "heads"} for n in "qkv"}).refuses(
+        "the number of heads is dynamic"
+    )
+
+
+def test_queries_that_any_number_of_sequences_share_are_refused() -> None:
+    def forward(m, q, k, v):
+        return (q[:1] @ k.mT).softmax(-1) @ v
+
+    ran = run(PASS, program(forward), Q, K, V, dynamic={n: {0: "batch"} for n in "kv"})
+    ran.refuses("the query is repeated along a dynamic dimension")
