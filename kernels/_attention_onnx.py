@@ -69,10 +69,7 @@ def _forbidden(mask: Value | None, query: Value, key: Value, is_causal: bool) ->
         later = op.Greater(keys, op.Unsqueeze(queries, [1]))
     if mask is None:
         return later
-    if mask.dtype == ir.DataType.BOOL:
-        forbidden = op.Not(mask)
-    else:
-        forbidden = op.Equal(mask, -math.inf)
+    forbidden = op.Not(mask) if mask.dtype == ir.DataType.BOOL else op.Equal(mask, -math.inf)
     return forbidden if later is None else op.Or(forbidden, later)
 
 

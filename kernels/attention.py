@@ -9,7 +9,7 @@ from the top left. Without ``softcap`` the scores are not capped.
 
 What is forbidden, False or -inf in the mask or later than causality allows, has no weight, and a row with
 nothing to attend to gives zeros, as in torch's ``scaled_dot_product_attention``. With ``fill`` it scores that
-number instead, as after ``masked_fill``: a row of nothing else is then uniform, or NaN where the fill is -inf.
+number instead, as after ``masked_fill``: a row of nothing else is then uniform, or NaN if the fill is -inf.
 
 Source: Vaswani et al., Attention Is All You Need (arXiv:1706.03762), equation 1; heads grouped as in Ainslie
 et al., GQA (arXiv:2305.13245); capped as in Gemma 2 (arXiv:2408.00118), section 2.

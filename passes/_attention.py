@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.pattern import argument, describe
-from graphopt.passes._heads import before_join
+from graphopt.passes._heads import before_join, unrepeated
 from graphopt.passes._products import REPEATED, Operand, Product, behind_transposes, fresh
 from graphopt.passes._ranges import as_uniform
 from graphopt.passes._scores import NotAttentionError, Scores, Term, carry, trace
@@ -36,6 +35,7 @@ class Attention:
         root: the last node.
         axes: the names of the root's axes.
         nodes: everything that is replaced, in order.
+        arranged: those of them that only transpose, view or scale an operand; others may read them too.
         batch: names and sizes of the axes that make up the batch.
         heads: those that make up the heads; the trailing ones may share a key.
     """
@@ -48,6 +48,7 @@ class Attention:
     root: fx.Node
     axes: tuple[str, ...]
     nodes: tuple[fx.Node, ...]
+    arranged: frozenset[fx.Node]
     batch: Sizes
     heads: Sizes
 
@@ -89,8 +90,8 @@ def as_attention(graph: Graph, softmax: fx.Node) -> Attention:
     scores, product = carry(graph, trace(graph, softmax.args[0], column), softmax)
     names, values = _second(scores, product)
     sides = scores.product.left, scores.product.right
-    key, query = sides if scores.column in sides[0].axes else sides[::-1]
-    (query, of_query), (key, of_key), (value, of_value) = (_bare(graph, x) for x in (query, key, values))
+    sides = sides[::-1] if scores.column in sides[0].axes else sides  # queries, keys
+    (query, of_query), (key, of_key), (value, of_value) = (_bare(graph, x) for x in (*sides, values))
     if of_value != 1:
         value = values
     factors = _factors(scores, (query, key, value))
@@ -103,8 +104,22 @@ def as_attention(graph: Graph, softmax: fx.Node) -> Attention:
     value = behind_transposes(found[2])
     batch, heads = _batch_and_heads(factors, {*key.axes, *value.axes})
     scale = scores.scale * of_query * of_key * again_query * again_key
-    nodes = tuple(dict.fromkeys((*scores.nodes, product.node, root)))
-    return Attention(scores, query, key, value, scale, root, axes, nodes, batch, heads)
+    arranged: set[fx.Node] = set()
+    for last, operand in zip((*sides, values), (query, key, value), strict=True):
+        arranged.update(_between(graph, last.node, unrepeated(operand.node)))
+    nodes = tuple(sorted({*scores.nodes, product.node, root, *arranged}))
+    return Attention(scores, query, key, value, scale, root, axes, nodes, frozenset(arranged), batch, heads)
+
+
+def _between(graph: Graph, last: fx.Node, first: fx.Node) -> list[fx.Node]:
+    """The transposes, views and scales from one value to another, the first one left out."""
+    found = []
+    while last is not first:
+        found.append(last)
+        scaled = _scaled(graph, last)
+        source: Any = last.args[0] if scaled is None else scaled[0]
+        last = source
+    return found
 
 
 def _second(scores: Scores, product: Product) -> tuple[dict[str, str], Operand]:
@@ -162,7 +177,7 @@ def _scaled(graph: Graph, node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _factors(scores: Scores, operands: tuple[Operand, ...]) -> Sizes:
-    """The axes of batch and heads, by name and size, where the graph tells them apart; else the one there is."""
+    """The axes of batch and heads, where the graph tells them apart; else the one there is."""
     for lead in scores.leads:
         if len(lead) >= 2:
             return lead
@@ -172,11 +187,8 @@ def _factors(scores: Scores, operands: tuple[Operand, ...]) -> Sizes:
         if name in operand.axes:
             parts = _joined_from(operand.node, operand.axes.index(name))
             if parts is not None:
-                return dict(zip(fresh(2, _names), parts, strict=True))
+                return dict(zip(fresh(2), parts, strict=True))
     return lead
-
-
-_names = itertools.count()
 
 
 def _joined_from(node: fx.Node, at: int) -> list[Any] | None:

@@ -170,6 +170,9 @@ def _at(node: fx.Node) -> int:
     return at
 
 
-def fresh(count: int, taken: itertools.count[int]) -> tuple[str, ...]:
+_taken = itertools.count()
+
+
+def fresh(count: int) -> tuple[str, ...]:
     """Names that no axis has."""
-    return tuple(f"axis{next(taken)}" for _ in range(count))
+    return tuple(f"axis{next(_taken)}" for _ in range(count))

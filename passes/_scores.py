@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ def column_name(product: Product, steps: list[fx.Node], column: int) -> str:
 
 
 def _paths(
-    graph: Graph, node: Any, path: list[fx.Node], stopped: list[fx.Node], budget: Any
+    graph: Graph, node: Any, path: list[fx.Node], stopped: list[fx.Node], budget: Iterator[int]
 ) -> Iterator[tuple[Product, list[fx.Node]]]:
     """Every way back from a node to a product, the steps in forward order."""
     if not isinstance(node, fx.Node) or next(budget) > _BUDGET:
@@ -276,9 +276,6 @@ def _permuted(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
     return replace(scores, axes=tuple(scores.axes[i] for i in order))
 
 
-_names = itertools.count()
-
-
 def _reshaped(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
     """Batch and heads joined or split, in front of the queries and the keys."""
     before, after = scores.nodes[-2].meta["val"].shape, step.meta["val"].shape
@@ -287,14 +284,15 @@ def _reshaped(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
         return f"{describe(step)} reshapes more than the batch and the heads"
     if same_shape(before, after):
         return scores
-    lead = fresh(len(after) - 2, _names)
+    lead = fresh(len(after) - 2)
     sizes = dict(zip(lead, after, strict=False))
     return replace(scores, axes=(*lead, *behind), leads=(*scores.leads, sizes))
 
 
 _WHERES = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther)
 _LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default)
-_STEPS: dict[Any, Any] = {
+_Step = Callable[[Graph, Scores, fx.Node], Scores | str]  # the scores after it, or why they are none
+_STEPS: dict[Any, _Step] = {
     aten.to.dtype: _same,
     aten.dropout.default: _same,
     aten.mul.Tensor: _multiplied,

@@ -1,4 +1,4 @@
-"""attention(mask=true) -> no mask; mask=causal & m -> is_causal, mask=m; mask=where(m, 0, fill) -> mask=m, fill."""
+"""attention(mask=true) -> no mask; mask=causal & m -> is_causal, m; mask=where(m, 0, fill) -> m, fill."""
 
 from __future__ import annotations
 

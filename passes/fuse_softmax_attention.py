@@ -42,7 +42,7 @@ def check(match: Match) -> str | None:
     if match.get("reason"):
         return match["reason"]
     found: Attention = match["attention"]
-    shared = shared_inside(match)
+    shared = shared_inside(match, found.arranged)
     if shared:
         return f"{shared[0].name} is also read by {shared[1].name}"
     dtype = found.root.meta["val"].dtype

@@ -106,6 +106,7 @@ PRODUCTS = {
     "transposed": lambda m, q, k, v: v.mT @ (q @ k.mT).softmax(-1).mT,
     "keys times queries": lambda m, q, k, v: (k @ q.mT).mT.softmax(-1) @ v,
     "softmax of columns": lambda m, q, k, v: (k @ q.mT).softmax(-2).mT @ v,
+    "no projections": lambda m, q, k, v: attend(q @ q.mT, q),
     "one head": lambda m, q, k, v: attend(q[:, 0] @ k[:, 0].mT, v[:, 0]),
     "one head, one sequence": lambda m, q, k, v: attend(q[0, 0] @ k[0, 0].mT, v[0, 0]),
     "five dimensions": lambda m, q, k, v: attend(q[:, None] @ k[:, None].mT, v[:, None]),
@@ -361,7 +362,10 @@ REFUSED: dict[str, tuple[Callable[..., object], str]] = {
         lambda m, q, k, v: torch.relu(q @ k.mT).softmax(-1) @ v,
         r"aten.relu \(relu\) is no product of queries and keys",
     ),
-    "a negative scale": (lambda m, q, k, v: (q @ k.mT * -1.0).softmax(-1) @ v, "-1.0, which is not above zero"),
+    "a negative scale": (
+        lambda m, q, k, v: (q @ k.mT * -1.0).softmax(-1) @ v,
+        "-1.0, which is not above zero",
+    ),
     "squared": (lambda m, q, k, v: ((s := q @ k.mT) * s).softmax(-1) @ v, "squares the scores"),
     "scaled by key": (
         lambda m, q, k, v: (q @ k.mT * k[:, :, None, :, 0]).softmax(-1) @ v,
