@@ -7,6 +7,7 @@ from graphopt.kernels import (
     bias_gelu,
     embedding_layer_norm,
     gated_mlp,
+    quick_gelu,
     rms_norm,
     rope,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "bias_gelu",
     "embedding_layer_norm",
     "gated_mlp",
+    "quick_gelu",
     "rms_norm",
     "rope",
 ]

@@ -305,6 +305,7 @@ MAIN_NODES = [
     ("bias_gelu", "tanh", "Gelu"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),
     ("gated_mlp", "gelu", "Gelu"),
+    ("quick_gelu", "CLIP", "QuickGelu"),
 ]
 
 

@@ -49,9 +49,9 @@ def test_level_0_runs_nothing() -> None:
 
 
 def test_level_0_and_one_pass() -> None:
-    assert names(level=0, enable=["fuse_gelu"]) == ["fuse_gelu"]
-    assert names(level=0, enable=["fuse_gelu", "remove_noops"]) == ["remove_noops"] * 2 + [
-        "fuse_gelu",
+    assert names(level=0, enable=["fuse_linear"]) == ["fuse_linear"]
+    assert names(level=0, enable=["fuse_linear", "remove_noops"]) == ["remove_noops"] * 2 + [
+        "fuse_linear",
         "remove_noops",
     ]
 
@@ -59,7 +59,7 @@ def test_level_0_and_one_pass() -> None:
 def test_disabling_by_exact_name() -> None:
     assert "remove_noops" not in names(disable=["remove_noops"])
     assert set(names(disable=["fuse_add_layer_norm"])) == set(names()) - {"fuse_add_layer_norm"}
-    assert names(enable=["fuse_gelu"], disable=["fuse_gelu"]) == names(disable=["fuse_gelu"])
+    assert names(enable=["fuse_linear"], disable=["fuse_linear"]) == names(disable=["fuse_linear"])
 
 
 @pytest.mark.parametrize("argument", ["enable", "disable"])
@@ -72,8 +72,8 @@ def test_an_unknown_name_is_refused_and_near_ones_are_named(argument: str) -> No
 
 
 def test_part_of_a_name_is_not_a_name() -> None:
-    with pytest.raises(PassError, match=r"did you mean .*fuse_gelu"):
-        pipeline(disable=["gelu"])
+    with pytest.raises(PassError, match=r"did you mean .*fuse_linear"):
+        pipeline(disable=["linear"])
 
 
 def test_a_pass_without_a_place_runs_when_enabled(unplaced: Pass) -> None:
