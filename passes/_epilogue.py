@@ -41,6 +41,11 @@ def activations(graph: Graph) -> Iterator[fx.Node]:
                 yield node
 
 
+def is_activation(node: fx.Node) -> bool:
+    """True for an activation that has a name."""
+    return node.target in _ACTIVATIONS and named(node) is not None
+
+
 def named(node: fx.Node) -> tuple[str, float] | None:
     """An activation's name and parameter in ``kernels/_activations.py``; None where its form has none."""
     name, parameter = _ACTIVATIONS[node.target]
