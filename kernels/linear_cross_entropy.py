@@ -130,7 +130,9 @@ def _onnx(
     if reduction == "none":
         return loss
     total = op.ReduceSum(loss, keepdims=0)
-    return total if reduction == "sum" else op.Div(total, op.ReduceSum(op.CastLike(counts, logits), keepdims=0))
+    return (
+        total if reduction == "sum" else op.Div(total, op.ReduceSum(op.CastLike(counts, logits), keepdims=0))
+    )
 
 
 def _samples() -> Iterator[Sample]:

@@ -23,6 +23,7 @@ from graphopt.passes import (
     fuse_linear_activation,
     fuse_linear_cross_entropy,
     fuse_masked_mean_pool,
+    fuse_quantized_linear,
     fuse_rms_norm,
     fuse_rope,
     fuse_softmax,
@@ -52,6 +53,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(
         fuse_embedding_layer_norm.PASS, "needs the lookups before folding makes a row of the position table"
     ),
+    Entry(fuse_quantized_linear.PASS, "before folding makes a float weight of the integers"),
     Entry(
         fold_constants.PASS, "masks, positions and rotary tables become values that later passes can look at"
     ),

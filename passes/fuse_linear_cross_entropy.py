@@ -96,7 +96,11 @@ def _is_move(node: fx.Node) -> bool:
         return after.dim() == 2 and same_size(before.shape[-1], after.shape[-1])
     if node.target in (aten.slice.Tensor, aten.select.int):
         return bool(argument(node, "dim") % before.dim() != before.dim() - 1)
-    return node.target is aten.index.Tensor and same_shape(before.shape[-1:], after.shape[-1:]) and before.dim() == 2
+    return (
+        node.target is aten.index.Tensor
+        and same_shape(before.shape[-1:], after.shape[-1:])
+        and before.dim() == 2
+    )
 
 
 PASS = register(Pass("fuse_linear_cross_entropy", "fuse", pattern, rewrite, check))

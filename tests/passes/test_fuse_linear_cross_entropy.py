@@ -25,10 +25,10 @@ def test_the_loss_of_a_language_model() -> None:
 
     run(PASS, program(forward, head=head()), X, LABELS).becomes("""
         %0 = slice(x, 1, 0, -1)
-        %1 = slice(labels, 1, 1, end)
-        %2 = reshape(%1, [-1])
-        %3 = reshape(%0, [-1, 8])
-        %4 = graphopt.linear_cross_entropy(%3, head.weight, None, %2, -100, mean, False)
+        %1 = reshape(%0, [-1, 8])
+        %2 = slice(labels, 1, 1, end)
+        %3 = reshape(%2, [8])
+        %4 = graphopt.linear_cross_entropy(%1, head.weight, None, %3, -100, mean, False)
         return %4
     """)
 
@@ -47,7 +47,9 @@ def test_the_two_steps_of_it() -> None:
     def forward(m, x, labels):
         return F.nll_loss(F.log_softmax(m.head(x).view(-1, 11), dim=1), labels.view(-1))
 
-    run(PASS, program(forward, head=head()), X, LABELS).counts(linear_cross_entropy=1, log_softmax=0, linear=0)
+    run(PASS, program(forward, head=head()), X, LABELS).counts(
+        linear_cross_entropy=1, log_softmax=0, linear=0
+    )
 
 
 def test_logits_cast_to_float32() -> None:
@@ -116,7 +118,9 @@ class Trained(nn.Module):
 
 
 def test_a_language_model() -> None:
-    run(pipeline(), Trained().eval(), tokens(2, 6), redraw=False).counts(linear_cross_entropy=1, cross_entropy_loss=0)
+    run(pipeline(), Trained().eval(), tokens(2, 6), redraw=False).counts(
+        linear_cross_entropy=1, cross_entropy_loss=0
+    )
 
 
 def test_dynamic_sizes() -> None:
