@@ -8,6 +8,7 @@ recorded.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import onnx.defs
@@ -78,6 +79,48 @@ def emit(
             result.name = ""  # how ONNX writes an output that is not there
     kept = tuple(result for result, wanted in zip(results, outputs, strict=True) if wanted)
     return kept if len(kept) > 1 else kept[0]
+
+
+def linear(x: Value, weight: Value, bias: Value | None = None) -> Any:
+    """A projection as a Gemm, which reads a weight as PyTorch keeps it: its memory can be shared."""
+    return projection(x, weight, bias, lambda rows: rows)
+
+
+def projection(x: Value, weight: Value, bias: Value | None, epilogue: Callable[[Value], Any]) -> Any:
+    """Gemm, and what follows it, over the rows of a tensor of any rank.
+
+    MatMul wants the weight transposed: 440 MB copied for BERT-base. Gemm takes matrices only, so leading
+    dimensions are folded into one; a Reshape moves nothing.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), as PyTorch keeps it.
+        bias: (N,), or None for zeros.
+        epilogue: called on the product, (rows, N), so that ONNX Runtime sees it next to the Gemm.
+
+    Returns:
+        (..., N).
+    """
+    features, outputs = weight.shape[1], weight.shape[0]
+    flat = len(x.shape) == 2
+    rows = x if flat else op.Reshape(x, _sizes([-1], features, weight, 1))
+    product = epilogue(op.Gemm(*((rows, weight) if bias is None else (rows, weight, bias)), transB=1))
+    if flat:
+        return product
+    static = [size if isinstance(size, int) else None for size in x.shape[:-1]]
+    if static.count(None) <= 1:
+        leading = [-1 if size is None else size for size in static]
+        return op.Reshape(product, _sizes(leading, outputs, weight, 0))
+    last = op.Shape(weight, start=0, end=1)
+    return op.Reshape(product, op.Concat(op.Shape(x, start=0, end=-1), last, axis=0))
+
+
+def _sizes(leading: list[int], last: Any, like: Value, dim: int) -> Any:
+    """A shape whose last size is a dimension of ``like``, a constant where that is known."""
+    if isinstance(last, int):
+        return op.Constant(value_ints=[*leading, last])
+    size = op.Shape(like, start=dim, end=dim + 1)
+    return op.Concat(op.Constant(value_ints=leading), size, axis=0) if leading else size
 
 
 def ones_like_last_dim(x: Value) -> Any:

@@ -12,36 +12,38 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, users_outside
 from graphopt.ir.pattern import Match, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.kernels.rms_norm import OP as RMS_NORM
 from graphopt.kernels.rope import OP as ROPE
+from graphopt.passes._epilogue import is_activation
 
 aten = torch.ops.aten
 
 _MAX_ROWS = 8192  # of a product that is still narrow enough to gain: a vocabulary head is not merged
+_MAX_COPY = 1 << 20  # bytes of a weight that may be kept twice, because others read it too
+
+_Key = tuple[Any, bool, torch.dtype]  # the input, whether there is a bias, the type
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
-    """Groups of linear layers that read one value and feed one attention."""
-    for attention in graph.calls:
-        if attention.target is not ATTENTION.overload or attention._erased:
-            continue
+    """Groups of linear layers that read one value: those of each attention, then whatever is left."""
+    grouped: list[list[fx.Node]] = []
+    for attention in graph.fx.find_nodes(op="call_function", target=ATTENTION.overload):
         sources: Any = attention.args[:3]
-        groups: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)
-        for linear in dict.fromkeys(_projection(source) for source in sources):
-            if linear is not None:
-                groups[linear.args[0], argument(linear, "bias") is None].append(linear)  # type: ignore[index]
-        for group in groups.values():
-            if len(group) > 1:
-                members = tuple(sorted(group))
-                yield Match(graph, members[-1], members, {"x": members[0].args[0]})
+        grouped.append([node for source in sources if (node := _projection(source)) is not None])
+    taken = {node for members in grouped for node in members}
+    linears = graph.fx.find_nodes(op="call_function", target=aten.linear.default)
+    grouped.append([node for node in linears if node not in taken and not _has_epilogue(node)])
+    for members in grouped:
+        yield from _groups(graph, members)
 
 
 def check(match: Match) -> str | None:
-    """Weights and biases must be constants."""
-    parts = [match.graph.constant(argument(node, "weight")) for node in match.nodes]
+    """Weights and biases must be constants, and cheap to stack."""
+    weights = [argument(node, "weight") for node in match.nodes]
+    parts = [match.graph.constant(weight) for weight in weights]
     if any(part is None for part in parts):
         return "a weight is not a constant"
     if any(
@@ -50,7 +52,14 @@ def check(match: Match) -> str | None:
     ):
         return "a bias is not a constant"
     rows = sum(part.shape[0] for part in parts if part is not None)
-    return f"the merged product would have {rows} rows" if rows > _MAX_ROWS else None
+    if rows > _MAX_ROWS:
+        return f"the merged product would have {rows} rows"
+    for weight, part in zip(weights, parts, strict=True):
+        reader = next(users_outside(weight, match.nodes), None)
+        if reader is not None and part is not None and part.nbytes > _MAX_COPY:
+            name = match.graph.constants[str(weight.target)].sources[0]
+            return f"{reader.name} reads {name} too: a copy of {part.nbytes} bytes would be kept"
+    return None
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
@@ -68,6 +77,24 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
         rewriter.replace(node, rewriter.call(operator.getitem, parts, index))
 
 
+def _groups(graph: Graph, linears: list[fx.Node]) -> Iterator[Match]:
+    """The linear layers by what they read, where there are several."""
+    groups: dict[_Key, list[fx.Node]] = defaultdict(list)
+    for linear in dict.fromkeys(linears):
+        if not linear._erased and argument(linear, "weight").meta["val"].dim() == 2:
+            no_bias = argument(linear, "bias") is None
+            groups[linear.args[0], no_bias, linear.meta["val"].dtype].append(linear)
+    for group in groups.values():
+        if len(group) > 1:
+            members = tuple(sorted(group))
+            yield Match(graph, members[-1], members, {"x": members[0].args[0]})
+
+
+def _has_epilogue(linear: fx.Node) -> bool:
+    """True for a projection whose only reader is an activation: the two are one kernel."""
+    return len(linear.users) == 1 and is_activation(next(iter(linear.users)))
+
+
 def _stack(graph: Graph, nodes: list[fx.Node]) -> torch.Tensor:
     return torch.cat([part for node in nodes if (part := graph.constant(node)) is not None])
 
@@ -80,6 +107,9 @@ def _projection(node: Any) -> fx.Node | None:
     return node if is_linear else None
 
 
-_THROUGH = {aten.reshape.default, aten.transpose.int, ROPE.overload, RMS_NORM.overload}
+_THROUGH = {
+    *(aten.reshape.default, aten.transpose.int, ROPE.overload, RMS_NORM.overload),
+    *(operator.getitem, aten.split_with_sizes.default),  # what is merged already
+}
 
 PASS = register(Pass("merge_linears", "fuse", pattern, rewrite, check))

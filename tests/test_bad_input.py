@@ -76,9 +76,9 @@ def test_an_unknown_executor() -> None:
 
 
 def test_an_unknown_pass() -> None:
-    error = refused(PassError, MODEL, X, disable=("fuse_gellu",))
-    assert error.message == "there is no pass 'fuse_gellu'"
-    assert "did you mean fuse_gelu" in (error.hint or "")
+    error = refused(PassError, MODEL, X, disable=("fuse_linaer",))
+    assert error.message == "there is no pass 'fuse_linaer'"
+    assert "did you mean fuse_linear" in (error.hint or "")
 
 
 def test_a_model_in_training_mode() -> None:

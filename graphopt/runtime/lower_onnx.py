@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxscript import opset23
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -36,11 +35,10 @@ from graphopt.errors import LoweringError
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph
 from graphopt.ir.op import OPS
+from graphopt.kernels._onnx import OPSET, linear
 
 aten = torch.ops.aten
 
-OPSET = 23
-op: Any = opset23  # untyped: onnxscript's annotations know nothing of onnx_ir
 _NODE = "graphopt_node"
 _TRACED = re.compile(r"%(\w+)")
 
@@ -136,30 +134,8 @@ def _quiet() -> Iterator[None]:
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Callable[..., Any], Callable[..., Any]] = {op.overload: op.onnx for op in OPS.values()}
-    table[aten.linear.default] = _linear
+    table[aten.linear.default] = linear
     return table
-
-
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """Gemm reads a weight as PyTorch keeps it (rows are outputs), so that its memory can be shared.
-
-    MatMul wants it transposed: 440 MB copied for BERT-base. Gemm takes matrices only, so leading dimensions
-    are folded into one; a Reshape moves nothing.
-    """
-    if x.shape is not None and len(x.shape) == 2:
-        return op.Gemm(x, weight, bias, transB=1) if bias is not None else op.Gemm(x, weight, transB=1)
-    features, outputs = weight.shape[1], weight.shape[0]
-    rows = op.Reshape(x, op.Constant(value_ints=[-1, features]))
-    product = op.Gemm(rows, weight, bias, transB=1) if bias is not None else op.Gemm(rows, weight, transB=1)
-    if len(x.shape) == 1:
-        return op.Reshape(product, op.Constant(value_ints=[outputs]))
-    static = [size if isinstance(size, int) else None for size in x.shape[:-1]]
-    if static.count(None) <= 1:
-        sizes = [-1 if size is None else size for size in static]
-        return op.Reshape(product, op.Constant(value_ints=[*sizes, outputs]))
-    leading = op.Shape(x, start=0, end=-1)
-    shape = op.Concat(leading, op.Constant(value_ints=[outputs]), axis=0)
-    return op.Reshape(product, shape)
 
 
 def _as_program(graph: Graph) -> ExportedProgram:

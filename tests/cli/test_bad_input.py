@@ -51,7 +51,7 @@ OPTIONS = {
     "--target tpu": ("unknown target 'tpu'", "one of"),
     "--executors ort,eagre": ("unknown executor 'eagre'", "eager"),
     "--executors ,": ("--executors names none", "--executors ort,eager"),
-    "--disable fuse_gelo": ("there is no pass 'fuse_gelo'", "fuse_gelu"),
+    "--disable fuse_linaer": ("there is no pass 'fuse_linaer'", "fuse_linear"),
     "--enable x": ("there is no pass 'x'", ""),
     "--dynamic x": ("it names no input", "--dynamic input_ids:0=batch"),
     "--dynamic x:a=b": ("'a=b' does not read as DIM=NAME", "--dynamic x:a=b"),

@@ -113,17 +113,17 @@ def test_without_a_folder_the_tables_are_printed(workspace: Path, run: Run) -> N
     )
     assert result.exit_code == 0, result.stderr
     assert "Block runs on eager" in result.stdout
-    assert "graphopt.bias_gelu" in result.stdout
+    assert "graphopt.linear_activation" in result.stdout
     assert result.stderr == ""
     assert names(workspace) == before
 
 
 def test_quiet_prints_nothing_and_pytorch_regions_are_said(workspace: Path, run: Run) -> None:
     args = ("optimize", "zoo:block", "-o", "out", "--effort", "fast", "--executors", "eager")
-    result = run(*args, "--disable", "fuse_bias_gelu", "-q")
+    result = run(*args, "--disable", "fuse_linear_activation", "-q")
     assert (result.exit_code, result.stdout) == (0, "")
     report = json.loads((workspace / "out" / "report.json").read_text())
-    assert "graphopt.bias_gelu" not in report["ops"]["after"]
+    assert "graphopt.linear_activation" not in report["ops"]["after"]
     assert report["ops"]["before"] != report["ops"]["after"]
     manifest = json.loads((workspace / "out" / "manifest.json").read_text())
     assert [row["onnx"] for row in manifest["regions"]] == [None]

@@ -301,10 +301,15 @@ MAIN_NODES = [
     ("rms_norm", "weight", "RMSNormalization"),
     ("rope", "halves", "RotaryEmbedding"),
     ("rope", "interleaved, partial, a table a sequence", "RotaryEmbedding"),
-    ("bias_gelu", "exact", "BiasGelu"),
-    ("bias_gelu", "tanh", "Gelu"),
+    ("linear_activation", "gelu", "BiasGelu"),
+    ("linear_activation", "gelu_tanh", "Gelu"),
+    ("linear_cross_entropy", "no reduction", "Gemm"),
+    ("conv_activation", "relu", "Conv"),
+    ("quantized_linear", "bias", "DequantizeLinear"),
+    ("masked_mean_pool", "token mask", "MatMul"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),
     ("gated_mlp", "gelu", "Gelu"),
+    ("quick_gelu", "CLIP", "QuickGelu"),
 ]
 
 

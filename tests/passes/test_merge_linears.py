@@ -149,11 +149,47 @@ def test_very_many_rows_are_refused() -> None:
     run(PASSES, program(self_attention, **given), X).refuses("the merged product would have 8196 rows")
 
 
-def test_linears_without_attention_stay() -> None:
+def test_heads_on_one_value() -> None:
     def forward(m, x):
-        return m.q(x) + m.k(x) + m.v(x)
+        pooled = x.mean(1)
+        return m.q(pooled), m.k(pooled), m.v(pooled).softmax(-1)
 
-    run(PASSES, program(forward, **layers()), X).stays()
+    given = {"q": nn.Linear(8, 2), "k": nn.Linear(8, 5), "v": nn.Linear(8, 3)}
+    run(PASS, program(forward, **given), X).becomes("""
+        %0 = mean(x, [1])
+        %1 = linear(%0, <stacked: q.weight, k.weight, v.weight>, <stacked: q.bias, k.bias, v.bias>)
+        %2 = split_with_sizes(%1, [2, 5, 3], -1)
+        %3 = getitem(%2, 0)
+        %4 = getitem(%2, 1)
+        %5 = getitem(%2, 2)
+        %6 = softmax(%5, -1)
+        return %3, %4, %6
+    """)
+
+
+def test_heads_with_an_activation_keep_it() -> None:
+    def forward(m, x):
+        return m.q(x).relu(), m.k(x), m.v(x)
+
+    assert sorted(merged(run(PASS, program(forward, **layers()), X))) == [8, 16]
+
+
+def test_keys_and_values_of_two_attentions_stay_apart() -> None:
+    def forward(m, x, y):
+        once = attend(m.q(x), m.k(y), m.v(y))
+        return attend(heads(x).transpose(1, 2).reshape(x.shape), m.k2(y), m.v2(y)) + once
+
+    given = layers(k2=nn.Linear(8, 8), v2=nn.Linear(8, 8))
+    assert sorted(merged(run(PASSES, program(forward, **given), X, randn(2, 7, 8)))) == [8, 16, 16]
+
+
+def test_a_large_weight_that_others_read_is_refused() -> None:
+    def forward(m, x):
+        return m.q(x), m.k(x), m.q.weight.sum()
+
+    given = {"q": nn.Linear(2048, 140, bias=False), "k": nn.Linear(2048, 2, bias=False)}
+    ran = run(PASS, program(forward, **given), randn(2, 2048))
+    ran.refuses("sum_1 reads q.weight too: a copy of 1146880 bytes would be kept")
 
 
 def test_half_precision() -> None:

@@ -1,0 +1,93 @@
+"""A projection whose weight stays in 8 bits: a scale for each output, or one for all.
+
+    out = x @ (weight * scale).T + bias
+
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference (arXiv:1712.05877), of the weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels._onnx import Value, linear, op
+from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+
+SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor"
+
+
+def _shape(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The shape rule.
+
+    Args:
+        x: (..., K), floating.
+        weight: (N, K), int8.
+        scale: (N,), x's dtype.
+        bias: (N,), x's dtype; None for zeros.
+
+    Returns:
+        An empty (..., N) of x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require_floating("quantized_linear", x=x, scale=scale, bias=bias)
+    require(weight.dtype == torch.int8, f"quantized_linear: weight must be torch.int8, not {weight.dtype}")
+    fits = x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
+    require(fits, f"quantized_linear: weight {shape_of(weight)} does not fit x {shape_of(x)}")
+    for name, vector in (("scale", scale), ("bias", bias)):
+        fits = vector is None or vector.shape == weight.shape[:1]
+        require(fits, f"quantized_linear: {name} {shape_of(vector)} does not fit weight {shape_of(weight)}")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _reference(
+    x: torch.Tensor, weight_NK: torch.Tensor, scale_N: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    return F.linear(x, weight_NK.to(x.dtype) * scale_N[:, None], bias_N).contiguous()
+
+
+def _cost(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> Cost:
+    """One matrix product; a byte a weight is read."""
+    outputs, features = weight.shape
+    rows = x.numel() // features
+    return Cost(
+        flops=2.0 * rows * outputs * features,
+        bytes=nbytes(x, weight, scale, bias) + rows * outputs * x.element_size(),
+    )
+
+
+def _onnx(x: Value, weight: Value, scale: Value, bias: Value | None = None) -> Any:
+    """DequantizeLinear and Gemm; the file keeps a byte a weight."""
+    dequantized = op.DequantizeLinear(weight, scale, axis=0)
+    dequantized.shape = weight.shape  # what is computed has none yet
+    return linear(x, dequantized, bias)
+
+
+def _samples() -> Iterator[Sample]:
+    weight = torch.randint(-127, 128, (20, 12), dtype=torch.int8)
+    x, scale, bias = torch.randn(2, 5, 12), (torch.rand(20) + 0.5) / 127, torch.randn(20)
+    yield Sample((x, weight, scale, bias), label="bias")
+    yield Sample((x, weight, scale), label="no bias")
+    yield Sample((x[:, 0], weight, scale, bias), label="two dimensions")
+    yield Sample((1e2 * x, weight, scale, bias), label="large magnitudes")
+
+
+def _bad_samples() -> Iterator[BadSample]:
+    x, weight, scale = torch.randn(2, 12), torch.ones(20, 12, dtype=torch.int8), torch.ones(20)
+    yield BadSample((x, weight.float(), scale), match="weight must be torch.int8")
+    yield BadSample((x, weight.T.contiguous(), scale), match="does not fit x")
+    yield BadSample((x, weight, scale[:3]), match=r"scale \(3,\) does not fit")
+    yield BadSample((x, weight, scale, scale[:3]), match=r"bias \(3,\) does not fit")
+
+
+OP = register(Op("quantized_linear", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))

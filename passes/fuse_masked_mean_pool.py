@@ -1,0 +1,128 @@
+"""sum(x * mask, 1) / clamp(sum(mask, 1), min=c) -> masked_mean_pool(x, mask, c): sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.compiler.pass_ import Pass, register
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.graph import Graph, same_shape, same_size
+from graphopt.ir.pattern import Match, argument, shared_inside
+from graphopt.kernels.masked_mean_pool import OP as MASKED_MEAN_POOL
+
+aten = torch.ops.aten
+
+_CLAMPS = (aten.clamp.default, aten.clamp_min.default)
+
+
+def pattern(graph: Graph) -> Iterator[Match]:
+    """Every quotient of a masked sum over tokens and the sum of that mask."""
+    for total in graph.fx.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+        product = None if total._erased else _summed(total)
+        if product is None or product.target is not aten.mul.Tensor:
+            continue
+        for quotient in list(total.users):
+            if quotient.target is aten.div.Tensor and quotient.args[0] is total:
+                for x, weight in (product.args[:2], product.args[1::-1]):
+                    found = _match(graph, quotient, total, product, x, weight)
+                    if found is not None:
+                        yield found
+                        break
+
+
+def check(match: Match) -> str | None:
+    """One type, a mask for each token, and nothing else reads the sums."""
+    x, mask = match.val("x"), match.val("mask")
+    if match.root.meta["val"].dtype != x.dtype:
+        return f"the mean is {match.root.meta['val'].dtype}, of values that are {x.dtype}"
+    if not same_shape(mask.shape, x.shape[:2]):
+        return f"the mask has shape {list(mask.shape)}, the tokens {list(x.shape[:2])}"
+    shared = shared_inside(match, match["views"])
+    return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
+
+
+def rewrite(rewriter: Rewriter, match: Match) -> None:
+    """One pass over the tokens."""
+    call = rewriter.call(MASKED_MEAN_POOL.overload, match["x"], match["mask"], match["minimum"])
+    rewriter.replace(match.root, call)
+
+
+def _match(
+    graph: Graph, quotient: fx.Node, total: fx.Node, product: fx.Node, x: Any, weight: Any
+) -> Match | None:
+    """The match, when the divisor is the sum of the very mask that ``x`` is weighted with."""
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or x.meta["val"].dim() != 3:
+        return None
+    if not same_shape(x.meta["val"].shape, product.meta["val"].shape):
+        return None
+    mask, views = _token_mask(weight)
+    count, minimum, inner = _count(quotient.args[1])
+    if mask is None or count is None:
+        return None
+    summed, more = _token_mask(count)
+    if summed is not mask:
+        return None
+    views = [*views, *more]
+    nodes = tuple(sorted({*views, *inner, product, total, quotient}))
+    return Match(graph, quotient, nodes, {"x": x, "mask": mask, "minimum": minimum, "views": views})
+
+
+def _summed(total: Any) -> fx.Node | None:
+    """What is summed over dimension 1, or None."""
+    if not isinstance(total, fx.Node) or total.target is not aten.sum.dim_IntList:
+        return None
+    source: Any = total.args[0]
+    dims: Any = argument(total, "dim")
+    rank = source.meta["val"].dim()
+    return source if isinstance(dims, (list, tuple)) and [dim % rank for dim in dims] == [1] else None
+
+
+def _token_mask(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The mask of shape (batch, tokens) behind casts to a type that holds it, and a last dimension put on."""
+    views: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        source: Any = node.args[0] if node.args else None
+        if node.target is aten.unsqueeze.default:
+            passes = node.meta["val"].dim() == 3 and argument(node, "dim") in (-1, 2)
+        elif node.target is aten.expand.default:
+            val = source.meta["val"]
+            passes = val.dim() == 3 and same_size(val.shape[2], 1)
+        else:
+            passes = node.target is aten.to.dtype and node.meta["val"].dtype.is_floating_point
+        if not passes:
+            break
+        views.append(node)
+        node = source
+    fits = isinstance(node, fx.Node) and node.meta["val"].dim() == 2
+    return (node, views) if fits else (None, views)
+
+
+def _count(node: Any) -> tuple[fx.Node | None, float | None, list[fx.Node]]:
+    """What the divisor sums over the tokens, its minimum, and the nodes in between."""
+    nodes: list[fx.Node] = []
+    minimum = None
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        nodes.append(node)
+        if node.target in _CLAMPS and minimum is None:
+            minimum = argument(node, "min")
+            plain = node.target is aten.clamp_min.default or argument(node, "max") is None
+            if not plain or not isinstance(minimum, (int, float)):
+                break
+        elif node.target is aten.sum.dim_IntList:
+            summed = _summed(node)
+            # (batch, tokens) keeps a dimension to divide by, or gets it back
+            kept = argument(node, "keepdim") or len(nodes) > 1 and nodes[-2].target is aten.unsqueeze.default
+            per_row = summed is not None and summed.meta["val"].dim() == 2
+            fits = summed is not None and (bool(kept) if per_row else not argument(node, "keepdim"))
+            return (summed if fits else None), None if minimum is None else float(minimum), nodes
+        elif node.target is not aten.unsqueeze.default or argument(node, "dim") not in (-1, 1):
+            break
+        node = node.args[0]
+    return None, None, nodes
+
+
+PASS = register(Pass("fuse_masked_mean_pool", "fuse", pattern, rewrite, check))
