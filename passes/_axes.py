@@ -111,7 +111,7 @@ def _operands(node: fx.Node, axis: Axis, units: int) -> dict[fx.Node, Axis] | st
 # Dimensions that the operation works along
 
 
-def _dims(node: fx.Node) -> set[int] | None:
+def mixed_dims(node: fx.Node) -> set[int] | None:
     """The dimensions, counted from the end in the source, that an operation mixes; None for all."""
     rank = len(shape(node.all_input_nodes[0]))
     if node.target in (aten.layer_norm.default, aten.rms_norm.default):
@@ -132,12 +132,12 @@ def _dims(node: fx.Node) -> set[int] | None:
 
 
 def _beside(node: fx.Node, source: fx.Node, axis: Axis, units: int) -> Found:
-    dims = _dims(node)
+    dims = mixed_dims(node)
     return _no(node, "mixes") if dims is None or axis.dim in dims else axis
 
 
 def _beside_behind(node: fx.Node, axis: Axis, units: int) -> dict[fx.Node, Axis] | str:
-    dims = _dims(node)
+    dims = mixed_dims(node)
     if dims is None or axis.dim in dims:
         return _no(node, "mixes")
     return {s: axis for s in _tensors(node) if fits(s, axis, units)}
@@ -150,14 +150,14 @@ def _normalised_behind(node: fx.Node, axis: Axis, units: int) -> dict[fx.Node, A
 
 
 def _reduced(node: fx.Node, source: fx.Node, axis: Axis, units: int) -> Found:
-    dims = _dims(node)
+    dims = mixed_dims(node)
     if dims is None or axis.dim in dims:
         return _no(node, "mixes")
     return axis if _keeps_rank(node) else axis.moved(axis.dim + sum(dim > axis.dim for dim in dims))
 
 
 def _reduced_behind(node: fx.Node, axis: Axis, units: int) -> dict[fx.Node, Axis] | str:
-    source, dims = node.all_input_nodes[0], _dims(node)
+    source, dims = node.all_input_nodes[0], mixed_dims(node)
     if dims is None:
         return _no(node, "mixes")
     kept = [dim for dim in range(-len(shape(source)), 0) if _keeps_rank(node) or dim not in dims]
@@ -329,7 +329,7 @@ _SPATIAL: dict[Any, int] = {  # dimensions of an image that an operation works a
     **dict.fromkeys((aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec), 2),
     **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default), 3),
 }
-_ELEMENTWISE = (
+ELEMENTWISE = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar),
     *(aten.maximum.default, aten.minimum.default, aten.pow.Tensor_Scalar, aten.square.default),
     *(aten.relu.default, aten.relu6.default, aten.leaky_relu.default, aten.elu.default, aten.selu.default),
@@ -352,7 +352,7 @@ _product = Rule(_batched, _batched_behind, "zero")
 _attention = Rule(_attended, _attended_behind, "attended")
 
 _RULES: dict[Any, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _computed),
+    **dict.fromkeys(ELEMENTWISE, _computed),
     **dict.fromkeys((aten.softmax.int, aten.layer_norm.default, aten.rms_norm.default), _along),
     **dict.fromkeys(_PADS, Rule(_beside, _beside_behind, "zero")),
     **{
