@@ -114,7 +114,7 @@ class Group:
         """(units,) bool: zero in the weights of every layer that reads them."""
         found = torch.full((self.units,), bool(self.read))
         for one, axis in self.read.values():
-            found &= _blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3).all(2).all(0)
+            found &= blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3).all(2).all(0)
         return found
 
     def unmade(self) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Group:
         values = constants(self)
         found = torch.ones(self.units, dtype=torch.bool)
         for node, (one, axis) in self.read.items():
-            zero = _blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3)
+            zero = blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3)
             value = values[node.all_input_nodes[0]]
             known = value.eq(0) | (value.isfinite() & takes_constants(one))
             found &= (zero | known).all(2).all(0)
@@ -200,7 +200,7 @@ def _ahead(group: Group, node: fx.Node, axis: Axis) -> list[tuple[fx.Node, Axis]
     return found
 
 
-def _blocks(graph: Graph, constant: fx.Node, dim: int, axis: Axis, units: int) -> torch.Tensor:
+def blocks(graph: Graph, constant: fx.Node, dim: int, axis: Axis, units: int) -> torch.Tensor:
     """A constant as (outer, units, inner, everything else)."""
     value = graph.constant(constant)
     assert value is not None
@@ -208,9 +208,9 @@ def _blocks(graph: Graph, constant: fx.Node, dim: int, axis: Axis, units: int) -
 
 
 def _zero_rows(graph: Graph, one: Layer, axis: Axis, units: int) -> torch.Tensor:
-    zero = _blocks(graph, one.weight, one.made, axis, units).eq(0).all(3)
+    zero = blocks(graph, one.weight, one.made, axis, units).eq(0).all(3)
     if one.bias is not None:
-        zero &= _blocks(graph, one.bias, 0, axis, units).eq(0).all(3)
+        zero &= blocks(graph, one.bias, 0, axis, units).eq(0).all(3)
     return zero.all(2).all(0)
 
 
@@ -249,21 +249,21 @@ def constants(group: Group) -> dict[fx.Node, torch.Tensor]:
 
 def _made(group: Group, one: Layer, axis: Axis) -> torch.Tensor:
     """The bias where a row is zero."""
-    zero = _blocks(group.graph, one.weight, one.made, axis, group.units).eq(0).all(3)
+    zero = blocks(group.graph, one.weight, one.made, axis, group.units).eq(0).all(3)
     bias = torch.zeros(()).double()
     if one.bias is not None:
-        bias = _blocks(group.graph, one.bias, 0, axis, group.units)[..., 0].double()
+        bias = blocks(group.graph, one.bias, 0, axis, group.units)[..., 0].double()
     return torch.where(zero, bias, torch.nan)
 
 
 def _filtered(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
     """The bias, where the filter of a channel or the channel is zero."""
     axis = group.axes[node]
-    zero = _blocks(group.graph, argument(node, "weight"), 0, axis, group.units).eq(0).all(3)
+    zero = blocks(group.graph, argument(node, "weight"), 0, axis, group.units).eq(0).all(3)
     zero |= _as(values[node.all_input_nodes[0]], axis).eq(0)
     bias = torch.zeros(()).double()
     if argument(node, "bias") is not None:
-        bias = _blocks(group.graph, argument(node, "bias"), 0, axis, group.units)[..., 0].double()
+        bias = blocks(group.graph, argument(node, "bias"), 0, axis, group.units)[..., 0].double()
     return torch.where(zero, bias, torch.nan)
 
 
@@ -310,7 +310,7 @@ def _computed(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) 
         if source in values:
             return _as(values[source], axis)
         if source in behind and group.graph.constant(source) is not None:
-            block = _blocks(group.graph, source, axis.dim, behind[source], group.units).double()
+            block = blocks(group.graph, source, axis.dim, behind[source], group.units).double()
             return torch.where((block == block[..., :1]).all(3), block[..., 0], torch.nan)
         number = as_uniform(group.graph, source)
         return torch.tensor(torch.nan if number is None else float(number)).double()

@@ -27,6 +27,9 @@ from graphopt.passes import (
     merge_linears,
     merge_permutes,
     merge_reshapes,
+    prune_channels_by_magnitude,
+    prune_heads_by_magnitude,
+    prune_two_of_four,
     prune_zero_channels,
     prune_zero_heads,
     prune_zero_layers,
@@ -65,6 +68,9 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fold_linear_reshape.PASS, "a projection's own neighbours then stand next to it"),
     Entry(merge_permutes.PASS, "one spelling of a transpose for rope, attention and the channels' trackers"),
     Entry(hoist_slice.PASS, "while every layer is one node, before the fusions that positions cannot pass"),
+    Entry(prune_heads_by_magnitude.PASS, "on request: whole heads first, then channels of what is left"),
+    Entry(prune_channels_by_magnitude.PASS, "on request: before the fusions, as the exact ones below"),
+    Entry(prune_two_of_four.PASS, "on request: on the weights that are left"),
     Entry(prune_zero_layers.PASS, "before heads and channels: what a removed layer holds needs no pruning"),
     Entry(prune_zero_heads.PASS, "before channels, which cannot take a whole head"),
     Entry(prune_zero_channels.PASS, "before the fusions, which hide what lies between two layers"),
@@ -91,7 +97,8 @@ def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str
     """The passes that run.
 
     Args:
-        level: passes of this level and below run; 0 runs none but those enabled.
+        level: passes of this level and below run; 0 runs none but those enabled. What is not exact runs only
+            where it is enabled.
         enable: exact names of passes to run although their level is higher, or although they have no place in
             the pipeline; these run behind it.
         disable: exact names of passes to leave out.
@@ -100,9 +107,13 @@ def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str
         PassError: a name is unknown; near names are listed.
     """
     wanted, unwanted = [find(name).name for name in enable], [find(name).name for name in disable]
-    listed = [entry.rule for entry in PIPELINE if entry.rule.level <= level or entry.rule.name in wanted]
+    listed = [entry.rule for entry in PIPELINE if _runs(entry.rule, level) or entry.rule.name in wanted]
     placed = {entry.rule.name for entry in PIPELINE}
     others = [find(name) for name in dict.fromkeys(wanted) if name not in placed]
     last = [rule for rule in listed[-1:] if rule is remove_dead_code.PASS]  # clears up after all others
     rules = [*listed[: len(listed) - len(last)], *others, *last]
     return [rule for rule in rules if rule.name not in unwanted]
+
+
+def _runs(rule: Pass, level: int) -> bool:
+    return rule.exact and rule.level <= level
