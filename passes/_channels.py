@@ -166,8 +166,10 @@ def _behind(group: Group, node: fx.Node, axis: Axis) -> list[tuple[fx.Node, Axis
         x, inner = node.all_input_nodes[0], axis.inner * argument(node, "groups") // shape(node)[axis.dim]
         return [(x, axis._replace(inner=inner))]
     known = rule(node)
-    found = f"{node.name} is not known to keep channels apart" if known is None else known.behind(
-        node, axis, group.units
+    found = (
+        f"{node.name} is not known to keep channels apart"
+        if known is None
+        else known.behind(node, axis, group.units)
     )
     if isinstance(found, str):
         group.refuse(found)
@@ -190,7 +192,9 @@ def _ahead(group: Group, node: fx.Node, axis: Axis) -> list[tuple[fx.Node, Axis]
             inner = axis.inner * shape(user)[axis.dim] // argument(user, "groups")
             found.append((user, axis._replace(inner=inner)))
             continue
-        out: Axis | str = f"{user.name} needs all channels" if user.op != "output" else f"{node.name} is returned"
+        out: Axis | str = (
+            f"{user.name} needs all channels" if user.op != "output" else f"{node.name} is returned"
+        )
         if known is not None:
             out = known.ahead(user, node, axis, group.units)
         if isinstance(out, str):

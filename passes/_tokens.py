@@ -162,7 +162,10 @@ def with_positions(node: fx.Node, dim: int, length: Any, last: bool) -> tuple[li
     args, kwargs = list(node.args), dict(node.kwargs)
     if node.target is aten.reshape.default:
         given: Any = args[1]
-        sizes = [n if size == -1 and isinstance(n, int) else size for size, n in zip(given, shape(node), strict=True)]
+        sizes = [
+            n if size == -1 and isinstance(n, int) else size
+            for size, n in zip(given, shape(node), strict=True)
+        ]
         sizes[dim] = length if isinstance(length, int) else -1
         args[1] = sizes
     if node.target in _ATTENTIONS and last:

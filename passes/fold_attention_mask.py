@@ -1,4 +1,4 @@
-"""attention(mask=true) -> no mask; attention(mask=causal & m) -> is_causal, mask=m; expanded mask -> mask."""
+"""attention(mask=true or 0) -> no mask; (mask=causal & m) -> is_causal, mask=m; expanded mask -> mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_size
-from graphopt.ir.pattern import Call, Match, Var, argument
+from graphopt.ir.pattern import Call, Match, Or, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.passes._ranges import as_uniform, is_causal
 from graphopt.passes._scalars import tensor
@@ -19,14 +19,17 @@ from graphopt.passes._scalars import tensor
 aten = torch.ops.aten
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 
-pattern = Call(
-    ATTENTION.overload,
-    Var("q"),
-    Var("k"),
-    Var("v"),
-    tensor("mask"),
-    is_causal=Var("causal"),
-    scale=Var("scale"),
+_rest = {"is_causal": Var("causal"), "scale": Var("scale")}
+
+pattern = Or(
+    Call(ATTENTION.overload, Var("q"), Var("k"), Var("v"), tensor("mask"), **_rest),
+    Call(
+        aten.scaled_dot_product_attention.default,
+        *(tensor("q"), tensor("k"), tensor("v"), tensor("mask")),
+        dropout_p=Var("dropout"),
+        enable_gqa=Var("gqa"),
+        **_rest,
+    ),
 )
 
 
@@ -45,8 +48,10 @@ class Known:
 
 def check(match: Match) -> str | None:
     """Refuse what cannot be simplified; the reason tells what the mask is."""
-    if simplify(match, match["mask"]) != Known(match["mask"], False):
-        return None
+    known = simplify(match, match["mask"])
+    if known != Known(match["mask"], False):
+        both = known.is_causal and known.rest is not None and not _is_ours(match)
+        return "scaled_dot_product_attention takes either a mask or is_causal" if both else None
     if match.constant("mask") is not None:
         return "the mask is a constant that is neither true everywhere nor causal"
     return "the mask depends on the inputs: it is computed, not recognised"
@@ -56,8 +61,17 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Say what the mask says by the op's own arguments."""
     known = simplify(match, match["mask"])
     causal = known.is_causal or match["causal"]
-    args = (match["q"], match["k"], match["v"], known.rest, causal, match["scale"])
-    rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args))
+    args, scale = (match["q"], match["k"], match["v"], known.rest), match["scale"]
+    if _is_ours(match):
+        rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args, causal, scale))
+        return
+    named = {"dropout_p": match["dropout"], "is_causal": causal, "scale": scale, "enable_gqa": match["gqa"]}
+    rewriter.replace(match.root, rewriter.call(aten.scaled_dot_product_attention.default, *args, **named))
+
+
+def _is_ours(match: Match) -> bool:
+    """True for the op that takes tokens first, False for torch's, which takes heads first."""
+    return match.root.target is ATTENTION.overload
 
 
 def simplify(match: Match, mask: fx.Node) -> Known:
@@ -98,7 +112,8 @@ def _covers_scores(match: Match, mask: torch.Tensor) -> bool:
     """True when the mask has a row a query and a column a key: a single row serves every query alike."""
     if mask.dim() < 2:
         return False
-    queries, keys = match.val("q").shape[1], match.val("k").shape[1]
+    dim = -3 if _is_ours(match) else -2
+    queries, keys = match.val("q").shape[dim], match.val("k").shape[dim]
     return same_size(mask.shape[-2], queries) and same_size(mask.shape[-1], keys)
 
 

@@ -28,7 +28,11 @@ def pattern(graph: Graph) -> Iterator[Match]:
     """Every slice of a computed value, with all that computes only what it takes."""
     for node in graph.calls:
         dim = None if node._erased or node.target not in _SLICES else _dim(node)
-        if dim is None or same_size(node.args[0].meta["val"].shape[dim], 1) or not node.meta["val"].is_floating_point():
+        if (
+            dim is None
+            or same_size(node.args[0].meta["val"].shape[dim], 1)
+            or not node.meta["val"].is_floating_point()
+        ):
             continue
         source: Any = node.all_input_nodes[0]
         slices = sorted(user for user in source.users if _same(user, node))

@@ -128,7 +128,11 @@ def _cast(graph: Graph, node: fx.Node) -> Any:
 
 def _exactly(narrow: torch.dtype, wide: torch.dtype) -> bool:
     """True unless integers would be rounded: floats of 24 or 53 bits do not hold all of 32 or 64."""
-    return narrow.is_floating_point == wide.is_floating_point or narrow in (torch.bool, torch.uint8, torch.int8)
+    return narrow.is_floating_point == wide.is_floating_point or narrow in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+    )
 
 
 def _repeated(graph: Graph, node: fx.Node) -> Any:

@@ -75,7 +75,12 @@ def test_inner_ones_that_others_read_stay() -> None:
 
 def test_a_single_reshape_stays() -> None:
     def forward(m, x):
-        return x.reshape(10, 8), x.unsqueeze(0), x.reshape(10, 8).t().reshape(2, 40), x[0, None].transpose(0, 1)
+        return (
+            x.reshape(10, 8),
+            x.unsqueeze(0),
+            x.reshape(10, 8).t().reshape(2, 40),
+            x[0, None].transpose(0, 1),
+        )
 
     run(PASS, program(forward), X).stays()
 

@@ -77,7 +77,8 @@ def test_convolutions_with_depthwise_filters_between() -> None:
     model, image = randomised(program(forward, **layers)), randn(2, 3, 8, 8)
     graph = lossy(PASS, model, image)
     with torch.no_grad():
-        rows, columns = (w.double().square().sum(d) for w, d in ((model.one.weight, (1, 2, 3)), (model.two.weight, (0, 2, 3))))
+        rows = model.one.weight.double().square().sum((1, 2, 3))
+        columns = model.two.weight.double().square().sum((0, 2, 3))
         model.two.weight[:, (rows / rows.sum() + columns / columns.sum()).argmin()] = 0
     agrees(graph, model, image)
 

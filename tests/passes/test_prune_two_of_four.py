@@ -51,7 +51,9 @@ def test_the_least_damage_comes_first() -> None:
     graph = lossy(PASS, model, X, rounds=0)
     first, second = PASS.matches(graph)
     assert first["damage"] < second["damage"]
-    assert first["w"].target.endswith("down_weight") or "down" in str(graph.constants[first["w"].target].sources)
+    assert first["w"].target.endswith("down_weight") or "down" in str(
+        graph.constants[first["w"].target].sources
+    )
 
 
 def test_a_sparse_weight_is_not_matched_again() -> None:

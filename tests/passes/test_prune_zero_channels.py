@@ -34,7 +34,8 @@ def zeroed(model: nn.Module, **rows: Iterable[int]) -> nn.Module:
 
 def weights(ran: Ran) -> list[tuple[int, ...]]:
     """The shapes of the weights of every layer, in order."""
-    layers = [n for n in ran.graph.calls if op_name(n).startswith(("aten.linear", "aten.conv", "aten.matmul"))]
+    names = ("aten.linear", "aten.conv", "aten.matmul")
+    layers = [node for node in ran.graph.calls if op_name(node).startswith(names)]
     return [tuple(node.args[1].meta["val"].shape) for node in layers]
 
 
@@ -198,8 +199,10 @@ def test_a_residual_connection_couples_layers() -> None:
         y = F.relu(m.stem(x))
         return m.head(y + m.out(F.relu(m.into(y))))
 
-    layers = {"stem": nn.Linear(8, 12), "into": nn.Linear(12, 6), "out": nn.Linear(6, 12), "head": nn.Linear(12, 4)}
-    model = zeroed(program(forward, **layers), stem=[0, 1, 2], out=[1, 2, 3], into__columns=[7], head__columns=[7, 8])
+    layers = {"stem": nn.Linear(8, 12), "into": nn.Linear(12, 6)}
+    layers |= {"out": nn.Linear(6, 12), "head": nn.Linear(12, 4)}
+    zeros = {"stem": [0, 1, 2], "out": [1, 2, 3], "into__columns": [7], "head__columns": [7, 8]}
+    model = zeroed(program(forward, **layers), **zeros)
     shapes = weights(run(PASS, model, X, redraw=False))
     assert shapes == [(9, 8), (6, 9), (9, 6), (4, 9)]
 

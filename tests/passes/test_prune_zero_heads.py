@@ -27,7 +27,7 @@ def projections(kv_heads: int = H) -> dict[str, nn.Module]:
     }
 
 
-def without(model: nn.Module, values: Iterable[int] = (), outputs: Iterable[int] = (), size: int = D) -> nn.Module:
+def without(model: nn.Module, values: Iterable[int] = (), outputs: Iterable[int] = ()) -> nn.Module:
     """The model with random weights, the values of some heads zero, and what reads some others."""
     randomised(model)
     with torch.no_grad():
@@ -35,14 +35,15 @@ def without(model: nn.Module, values: Iterable[int] = (), outputs: Iterable[int]
             model.v.weight[head * D : head * D + D] = 0
             model.v.bias[head * D : head * D + D] = 0
         for head in outputs:
-            model.o.weight[:, head * size : head * size + size] = 0
+            model.o.weight[:, head * D : head * D + D] = 0
     return model
 
 
 def widths(ran: Ran) -> list[int]:
     """The number of rows of every projection, and of columns of the last, in order."""
     found = [node for node in ran.graph.calls if node.target is torch.ops.aten.linear.default]
-    return [*(node.args[1].meta["val"].shape[0] for node in found[:-1]), found[-1].args[1].meta["val"].shape[1]]
+    shapes = [node.args[1].meta["val"].shape for node in found]
+    return [*(shape[0] for shape in shapes[:-1]), shapes[-1][1]]
 
 
 def split(x: torch.Tensor, heads: int = H) -> torch.Tensor:

@@ -49,7 +49,7 @@ def test_simpler_forms() -> None:
 
 def test_what_is_already_there() -> None:
     def forward(m, x):
-        return (-(-x)).sin(), (x**1).sin(), torch.negative(-x).sin()
+        return (-x.neg()).sin(), (x**1).sin(), torch.negative(-x).sin()
 
     run(PASS, program(forward), X).becomes("""
         %0 = sin(x)
