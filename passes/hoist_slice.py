@@ -1,7 +1,7 @@
-"""f(x)[:, -1] -> f(x[:, -1]): positions that nobody reads are not computed, through layers up to what mixes them.
+"""f(x)[:, -1] -> f(x[:, -1]): positions that nobody reads are not computed, back to where they are mixed.
 
-The slice of the last token's logits moves in front of the head, the last norm, the last feed-forward block and
-the query's side of the last attention.
+The slice of the last token's logits moves in front of the head, the last norm, the last feed-forward block
+and the query's side of the last attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""reshape(reshape(x, s), t) -> reshape(x, t), or x where t is its shape: unsqueeze, squeeze and view alike."""
+"""reshape(reshape(x, s), t) -> reshape(x, t), or x where t is its shape; unsqueeze and squeeze alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""linear(x, w, b) -> linear(x, w', b), where of each 4 neighbours in a row of w the 2 smallest are zero in w'.
+"""linear(x, w, b) -> linear(x, w', b), where of each 4 neighbours in a row the 2 smallest are zero.
 
 The pattern that sparse matrix units of GPUs run at twice the rate. Not exact. Shapes stay.
 Source: Mishra et al., Accelerating Sparse Deep Neural Networks (arXiv:2104.08378).
@@ -19,15 +19,14 @@ aten = torch.ops.aten
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
-    """Every linear layer that is not yet sparse so, in ascending order of the part of its weight that goes."""
+    """Every linear layer that is not sparse so yet, in ascending order of what goes of its weight."""
     found = []
     for node in graph.calls:
         if node._erased or node.target is not aten.linear.default:
             continue
         weight = graph.constant(argument(node, "weight"))
-        if weight is not None and weight.is_floating_point() and weight.dim() == 2:
-            if weight.shape[1] % 4 or not torch.equal(two_of_four(weight), weight):
-                found.append((_damage(weight), node))
+        if weight is not None and weight.is_floating_point() and weight.dim() == 2 and not _is_sparse(weight):
+            found.append((_damage(weight), node))
     for damage, node in sorted(found, key=lambda one: one[0]):
         yield Match(graph, node, (node,), {"w": argument(node, "weight"), "damage": damage})
 
@@ -56,6 +55,10 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     fours = weight.reshape(weight.shape[0], -1, 4)
     smallest = fours.abs().argsort(dim=-1)[..., :2]
     return fours.scatter(-1, smallest, 0).reshape(weight.shape)
+
+
+def _is_sparse(weight: torch.Tensor) -> bool:
+    return weight.shape[1] % 4 == 0 and torch.equal(two_of_four(weight), weight)
 
 
 def _damage(weight: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""x + branch(y) -> x, and x + (y 0 + b) -> x + b, where the branch ends in a layer whose weights are all zero.
+"""x + branch(y) -> x, or x + b, where the branch ends in a layer whose weights are all zero, of bias b.
 
 Exact for finite values: 0 times a value is taken for 0.
 """

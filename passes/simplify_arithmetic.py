@@ -1,4 +1,4 @@
-"""--x -> x; x + -y -> x - y; x ** 2 -> x * x; x / 8 -> x * 0.125; x / sqrt(y) -> x * rsqrt(y); x * 2 * 3 -> x * 6.
+"""--x -> x; x + -y -> x - y; x ** 2 -> x * x; x / 8 -> x * 0.125; x / sqrt(y) -> x * rsqrt(y), and the like.
 
 What changes a number is left alone: ``x * 0`` is NaN where x is not finite; ``0 - x`` and ``-x`` are zeros of
 different sign; ``(x + a) - a`` may be there to round; ``x / 3`` is not ``x * (1 / 3)``.

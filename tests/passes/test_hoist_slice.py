@@ -90,7 +90,7 @@ def attend(m, x, mask=None, causal=False, spelled=False):
 
 LAYERS = {"q": nn.Linear(8, 8), "k": nn.Linear(8, 8), "v": nn.Linear(8, 8), "o": nn.Linear(8, 8)}
 ATTENTIONS = {
-    "plain": lambda m, x: attend(m, x),
+    "plain": attend,
     "causal": lambda m, x: attend(m, x, causal=True),
     "masked": lambda m, x: attend(m, x, m.bias > 0),
     "biased": lambda m, x: attend(m, x, m.bias),
