@@ -214,6 +214,18 @@ def _chosen(graph: Graph, node: fx.Node) -> Any:
     return None if number is None else _cast(number, node)
 
 
+def _evaluated(graph: Graph, node: fx.Node) -> Any:
+    """The operation itself, where every operand is one number: (1 - mask) * lowest, of a mask of ones."""
+    numbers = {}
+    for source in node.all_input_nodes:
+        number = as_uniform(graph, source)
+        if number is None:
+            return None
+        numbers[source] = torch.tensor(number, dtype=source.meta["val"].dtype)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), numbers.__getitem__)
+    return node.target(*args, **kwargs).item()  # type: ignore[operator]
+
+
 def _sum_of_zeros(graph: Graph, node: fx.Node) -> Any:
     return 0 if as_uniform(graph, node.args[0]) == 0 else None
 
@@ -239,6 +251,12 @@ _UNIFORM: dict[Any, Callable[[Graph, fx.Node], Any]] = {
     **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), _compared(operator.eq)),
     **dict.fromkeys((aten.ne.Scalar, aten.ne.Tensor), _compared(operator.ne)),
     **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), _chosen),
+    # not add: a residual stream is a long chain of them, and each would be followed to its start
+    **dict.fromkeys((aten.rsub.Scalar, aten.mul.Tensor, aten.sub.Tensor), _evaluated),
+    **dict.fromkeys(
+        (aten.masked_fill.Scalar, aten.logical_not.default, aten.bitwise_not.default), _evaluated
+    ),
+    **dict.fromkeys((aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default), _evaluated),
     aten.diff.default: _differences,
     aten.cumsum.default: _sum_of_zeros,
 }

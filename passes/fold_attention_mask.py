@@ -1,4 +1,4 @@
-"""attention(mask=true) -> no mask; mask=causal & m -> is_causal, m; mask=where(m, 0, fill) -> m, fill."""
+"""attention(mask=true or 0) -> no mask; causal & m -> is_causal, m; where(m, 0, fill) -> m, fill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_size
-from graphopt.ir.pattern import Call, Match, Var, argument
+from graphopt.ir.pattern import Call, Match, Or, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.kernels.attention import SWALLOWS
 from graphopt.passes._ranges import as_uniform, is_causal
@@ -20,16 +20,23 @@ from graphopt.passes._scalars import tensor
 aten = torch.ops.aten
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 
-pattern = Call(
-    ATTENTION.overload,
-    Var("q"),
-    Var("k"),
-    Var("v"),
-    tensor("mask"),
-    is_causal=Var("causal"),
-    scale=Var("scale"),
-    softcap=Var("softcap"),
-    fill=Var("fill"),
+_rest = {"is_causal": Var("causal"), "scale": Var("scale")}
+
+pattern = Or(
+    Call(
+        ATTENTION.overload,
+        *(Var("q"), Var("k"), Var("v"), tensor("mask")),
+        softcap=Var("softcap"),
+        fill=Var("fill"),
+        **_rest,
+    ),
+    Call(
+        aten.scaled_dot_product_attention.default,
+        *(tensor("q"), tensor("k"), tensor("v"), tensor("mask")),
+        dropout_p=Var("dropout"),
+        enable_gqa=Var("gqa"),
+        **_rest,
+    ),
 )
 
 
@@ -48,8 +55,10 @@ class Known:
 
 def check(match: Match) -> str | None:
     """Refuse what cannot be simplified; the reason tells what the mask is."""
-    if _simplified(match) != (Known(match["mask"], match["causal"]), match["fill"]):
-        return None
+    known, fill = _simplified(match)
+    if (known, fill) != (Known(match["mask"], match["causal"]), match.get("fill")):
+        both = known.is_causal and known.rest is not None and not _is_ours(match)
+        return "scaled_dot_product_attention takes either a mask or is_causal" if both else None
     if match.constant("mask") is not None:
         return "the mask is a constant that is neither true everywhere nor causal"
     return "the mask depends on the inputs: it is computed, not recognised"
@@ -58,15 +67,29 @@ def check(match: Match) -> str | None:
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Say what the mask says by the op's own arguments."""
     known, fill = _simplified(match)
-    args = (match["q"], match["k"], match["v"], known.rest, known.is_causal, match["scale"])
-    options = {"softcap": match["softcap"], "fill": fill}
-    given = {name: option for name, option in options.items() if option is not None}
-    rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args, **given))
+    inputs, causal, scale = (match["q"], match["k"], match["v"], known.rest), known.is_causal, match["scale"]
+    if _is_ours(match):
+        options = {"softcap": match["softcap"], "fill": fill}
+        given = {name: option for name, option in options.items() if option is not None}
+        attended = rewriter.call(ATTENTION.overload, *inputs, causal, scale, **given)
+    else:
+        options = {"dropout_p": match["dropout"], "scale": scale, "enable_gqa": match["gqa"]}
+        torchs = aten.scaled_dot_product_attention.default
+        attended = rewriter.call(torchs, *inputs, is_causal=causal, **options)
+    rewriter.replace(match.root, attended)
+
+
+def _is_ours(match: Match) -> bool:
+    """True for the op that takes tokens first, False for torch's, which takes heads first."""
+    return match.root.target is ATTENTION.overload
 
 
 def _simplified(match: Match) -> tuple[Known, float | None]:
     """What is known of the mask and of causality together, and the fill that goes with it."""
-    mask, fill = match["mask"], match["fill"]
+    mask, fill = match["mask"], match.get("fill")
+    if not _is_ours(match):
+        known = simplify(match, mask)
+        return Known(known.rest, known.is_causal or match["causal"]), None
     if mask.meta["val"].dtype != torch.bool:
         if fill is not None and fill > SWALLOWS:  # what the mask adds and what it forbids are different
             return Known(mask, match["causal"]), fill
@@ -157,7 +180,8 @@ def _covers_scores(match: Match, mask: torch.Tensor) -> bool:
     """True when the mask has a row a query and a column a key: a single row serves every query alike."""
     if mask.dim() < 2:
         return False
-    queries, keys = match.val("q").shape[1], match.val("k").shape[1]
+    dim = -3 if _is_ours(match) else -2
+    queries, keys = match.val("q").shape[dim], match.val("k").shape[dim]
     return same_size(mask.shape[-2], queries) and same_size(mask.shape[-1], keys)
 
 

@@ -115,7 +115,9 @@ def _count(node: Any) -> tuple[fx.Node | None, float | None, list[fx.Node]]:
         elif node.target is aten.sum.dim_IntList:
             summed = _summed(node)
             # (batch, tokens) keeps a dimension to divide by, or gets it back
-            kept = argument(node, "keepdim") or len(nodes) > 1 and nodes[-2].target is aten.unsqueeze.default
+            kept = argument(node, "keepdim") or (
+                len(nodes) > 1 and nodes[-2].target is aten.unsqueeze.default
+            )
             per_row = summed is not None and summed.meta["val"].dim() == 2
             fits = summed is not None and (bool(kept) if per_row else not argument(node, "keepdim"))
             return (summed if fits else None), None if minimum is None else float(minimum), nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def pattern(graph: Graph) -> Iterator[Match]:
             continue
         source = rule(graph, node)
         if isinstance(source, fx.Node):
-            through = source in node.all_input_nodes
+            through = source in node.all_input_nodes and rule is not _repeated
             nodes = (node,) if through else (node.all_input_nodes[0], node)
             yield Match(graph, node, nodes, {"source": source})
 
@@ -91,6 +92,68 @@ def _full_slice(graph: Graph, node: fx.Node) -> Any:
     return source if start in (None, 0) and step == 1 and full else None
 
 
+def _chosen(graph: Graph, node: fx.Node) -> Any:
+    """The side of a choice that is the same everywhere."""
+    condition = as_uniform(graph, node.args[0])
+    side = None if condition is None else node.args[1 if condition else 2]
+    return side if _keeps(node, side) else None
+
+
+def _masked_nowhere(graph: Graph, node: fx.Node) -> Any:
+    nowhere = as_uniform(graph, argument(node, "mask")) is False
+    return node.args[0] if nowhere and _keeps(node, node.args[0]) else None
+
+
+def _or_false(graph: Graph, node: fx.Node) -> Any:
+    """The other operand of a logical or with a mask that is false everywhere."""
+    if node.meta["val"].dtype != torch.bool:  # an or of bits
+        return None
+    for this, other in ((0, 1), (1, 0)):
+        if as_uniform(graph, node.args[other]) is False and _keeps(node, node.args[this]):
+            return node.args[this]
+    return None
+
+
+def _cast(graph: Graph, node: fx.Node) -> Any:
+    """A cast to the type that the value has, or had before a cast to one that holds all of its numbers."""
+    inner: Any = node.args[0]
+    if inner.target is aten.to.dtype:
+        source = inner.args[0]
+        before, between = source.meta["val"].dtype, inner.meta["val"].dtype
+        holds = torch.promote_types(before, between) == between and _exactly(before, between)
+        if node.meta["val"].dtype == before and holds:
+            return source
+    return _first_if_same(graph, node)
+
+
+def _exactly(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """True unless integers would be rounded: floats of 24 or 53 bits do not hold all of 32 or 64."""
+    return narrow.is_floating_point == wide.is_floating_point or narrow in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+    )
+
+
+def _repeated(graph: Graph, node: fx.Node) -> Any:
+    """What does nothing to its own result: relu(relu(x)), abs(abs(x))."""
+    inner: Any = node.args[0]
+    return inner if inner.target is node.target else None
+
+
+def _single(graph: Graph, node: fx.Node) -> Any:
+    """The only one that is concatenated."""
+    tensors: Any = node.args[0]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+def _unsplit(graph: Graph, node: fx.Node) -> Any:
+    """The only part of a split."""
+    split: Any = node.args[0]
+    is_split = split.target in (aten.split.Tensor, aten.split_with_sizes.default)
+    return split.args[0] if is_split and _keeps(node, split.args[0]) else None
+
+
 def _transpose_twice(graph: Graph, node: fx.Node) -> Any:
     inner: Any = node.args[0]
     if inner.target is not aten.transpose.int or inner.op != "call_function":
@@ -118,15 +181,19 @@ def argument_or(node: fx.Node, name: str, default: Any) -> Any:
 
 
 _RULES: dict[Any, Callable[[Graph, fx.Node], Any]] = {
-    aten.dropout.default: _dropout,
+    **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default), _dropout),
+    **dict.fromkeys((aten.alpha_dropout.default, aten.feature_alpha_dropout.default), _dropout),
     aten.clone.default: _first,
     aten.alias.default: _first,
     aten.detach.default: _first,
     aten.contiguous.default: _first,
-    aten.to.dtype: _first_if_same,
+    aten.to.dtype: _cast,
     aten.type_as.default: _first_if_same,
     aten.reshape.default: _first_if_same,
+    aten.squeeze.default: _first_if_same,
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _first_if_same),
     aten.expand.default: _first_if_same,
+    **dict.fromkeys((aten.repeat.default, aten.constant_pad_nd.default, aten.pad.default), _first_if_same),
     aten.slice.Tensor: _full_slice,
     aten.transpose.int: _transpose_twice,
     aten.add.Tensor: _neutral(0),
@@ -136,6 +203,13 @@ _RULES: dict[Any, Callable[[Graph, fx.Node], Any]] = {
     aten.__and__.Tensor: _and_true,
     aten.bitwise_and.Tensor: _and_true,
     aten.logical_and.default: _and_true,
+    **dict.fromkeys((aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default), _or_false),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther), _chosen),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_nowhere),
+    **dict.fromkeys((aten.relu.default, aten.abs.default, aten.ceil.default), _repeated),
+    **dict.fromkeys((aten.floor.default, aten.round.default, aten.trunc.default), _repeated),
+    aten.cat.default: _single,
+    operator.getitem: _unsplit,
 }
 
 PASS = register(Pass("remove_noops", "prune", pattern, rewrite))

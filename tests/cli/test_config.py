@@ -26,12 +26,12 @@ def configure(folder: Path, text: str) -> None:
 
 
 def test_it_switches_passes_and_the_command_line_wins(workspace: Path, run: Run) -> None:
-    assert "fuse_bias_gelu" in passes_of(run)
-    configure(workspace, 'disable = ["fuse_bias_gelu"]')
-    assert "fuse_bias_gelu" not in passes_of(run)
-    assert "fuse_bias_gelu" in passes_of(run, "--enable", "fuse_bias_gelu")
-    configure(workspace, 'level = 0\nenable = ["fuse_bias_gelu"]')
-    assert passes_of(run) == {"fuse_bias_gelu"}
+    assert "fuse_linear_activation" in passes_of(run)
+    configure(workspace, 'disable = ["fuse_linear_activation"]')
+    assert "fuse_linear_activation" not in passes_of(run)
+    assert "fuse_linear_activation" in passes_of(run, "--enable", "fuse_linear_activation")
+    configure(workspace, 'level = 0\nenable = ["fuse_linear_activation"]')
+    assert passes_of(run) == {"fuse_linear_activation"}
     assert len(passes_of(run, "--level", "2")) > 1
 
 

@@ -19,13 +19,15 @@ def test_remarks_are_ranked_by_price_and_name_the_source(workspace: Path, run: R
     assert (found["format"], found["model"], found["target"]) == ("graphopt-explanation", "Block", "cpu")
     assert found["roofline_ms"]["after"] < found["roofline_ms"]["before"]
     passed = [row for row in found["remarks"] if row["kind"] == "passed"]
-    assert {row["pass"] for row in passed} >= {"fuse_bias_gelu", "fuse_add_layer_norm"}
+    assert {row["pass"] for row in passed} >= {"fuse_linear_activation", "fuse_add_layer_norm"}
     assert all(row["source"].rpartition(":")[0] == str(workspace / "zoo.py") for row in passed)
-    assert all(row["ms"] > 0 and row["bytes"] > 0 for row in passed if row["pass"] == "fuse_bias_gelu")
+    assert all(
+        row["ms"] > 0 and row["bytes"] > 0 for row in passed if row["pass"] == "fuse_linear_activation"
+    )
     table = run("explain", "zoo:block", "--kind", "all").stdout
     prices = [float(line.split("│")[2].replace(",", "")) for line in table.splitlines() if "│ passed" in line]
     assert prices == sorted(prices, reverse=True)
-    assert "fuse_bias_gelu" in table
+    assert "fuse_linear_activation" in table
 
 
 def test_a_gpu_that_is_not_there_has_its_own_prices(workspace: Path, run: Run) -> None:
@@ -40,13 +42,15 @@ def test_a_gpu_that_is_not_there_has_its_own_prices(workspace: Path, run: Run) -
 
 def test_two_runs_are_compared(workspace: Path, run: Run) -> None:
     assert run("explain", "zoo:block", "--target", "h100", "-o", "before.json").exit_code == 0
-    args = ("--disable", "fuse_bias_gelu", "--target", "h100")
+    args = ("--disable", "fuse_linear_activation", "--target", "h100")
     changed = run("explain", "zoo:block", *args, "--against", "before.json", "--json")
     (gone,) = [
-        row for row in json.loads(changed.stdout)["changes"] if row["group"]["pass"] == "fuse_bias_gelu"
+        row
+        for row in json.loads(changed.stdout)["changes"]
+        if row["group"]["pass"] == "fuse_linear_activation"
     ]
     assert (gone["what"], gone["before"], gone["after"]) == ("gone", 1, 0)
-    assert "fuse_bias_gelu" in run("explain", "zoo:block", *args, "--against", "before.json").stdout
+    assert "fuse_linear_activation" in run("explain", "zoo:block", *args, "--against", "before.json").stdout
     same = run("explain", "before.json", "--against", "before.json")
     assert "Nothing differs" in same.stdout
 

@@ -33,7 +33,7 @@ def a_report() -> Report:
         before[0],
         GraphNode(
             HOSTILE,
-            "graphopt.bias_gelu",
+            "graphopt.linear_activation",
             ("x",),
             "float32 [2, 8]",
             "/m/model.py:4",
@@ -46,14 +46,14 @@ def a_report() -> Report:
     return Report(
         model=f"Net{HOSTILE}",
         ops_before={"aten.linear": 1, "aten.gelu": 1, "aten.add": 1},
-        ops_after={"graphopt.bias_gelu": 1, "aten.add": 1},
+        ops_after={"graphopt.linear_activation": 1, "aten.add": 1},
         rewrites=[
-            Rewrite("fuse_bias_gelu", "fuse", "gelu", "/m/model.py:4", "body", 1.5e-7, 2.5e-7, True),
-            Rewrite("fuse_bias_gelu", "fuse", "gelu_1", "", "", 1.0e-7, 2.5e-8, True, shared=True),
+            Rewrite("fuse_linear_activation", "fuse", "gelu", "/m/model.py:4", "body", 1.5e-7, 2.5e-7, True),
+            Rewrite("fuse_linear_activation", "fuse", "gelu_1", "", "", 1.0e-7, 2.5e-8, True, shared=True),
             Rewrite("fold_wrong", "fold", "add", "", "", 0.0, math.inf, False, f"it differs {HOSTILE}"),
         ],
         remarks=[
-            Remark("passed", "fuse_bias_gelu", "gelu", "/m/model.py:4", "body", "2 nodes -> 1", 128.0),
+            Remark("passed", "fuse_linear_activation", "gelu", "/m/model.py:4", "body", "2 -> 1", 128.0),
             Remark("missed", "fuse_cheap", "add", "/m/model.py:5", "body", "cheap", 64.0, 0.0, 0.001),
             Remark("missed", "fuse_dear", "add", "/m/model.py:5", "body", "too dear", 2**20, 0.0, 0.25),
             Remark("missed", "fuse_dear", "gelu", "/m/model.py:4", "body", "too dear", 2**20, 0.0, 0.25),
@@ -70,7 +70,7 @@ def a_report() -> Report:
                 "executor": "ort",
                 "device": "cpu",
                 "nodes": 2,
-                "ops": {"graphopt.bias_gelu": 1},
+                "ops": {"graphopt.linear_activation": 1},
                 "reads": ["x"],
                 "writes": ["add"],
             }

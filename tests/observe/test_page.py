@@ -59,7 +59,7 @@ def test_a_click_shows_where_a_node_comes_from(page: Any, hostile: str) -> None:
     details = page.locator("#details").inner_text()
     for said in (
         hostile,
-        "graphopt.bias_gelu",
+        "graphopt.linear_activation",
         "float32 [2, 8]",
         "/m/model.py:4",
         "body",

@@ -68,12 +68,12 @@ def test_print_shows_every_table(report: Report, hostile: str) -> None:
     assert [line.split() for line in rows_of(text, "Ops: 3 before, 2 after")] == [
         ["aten.gelu", "1", "0", "-1"],
         ["aten.linear", "1", "0", "-1"],
-        ["graphopt.bias_gelu", "0", "1", "+1"],
+        ["graphopt.linear_activation", "0", "1", "+1"],
     ]
     assert "as many as before: aten.add 1" in text
     passes = [line.split() for line in rows_of(text, "Rewrites, each")]
     assert passes == [
-        ["fuse_bias_gelu", "fuse", "2", "-", "1", "1.5e-07", "2.5e-07"],
+        ["fuse_linear_activation", "fuse", "2", "-", "1", "1.5e-07", "2.5e-07"],
         ["fold_wrong", "fold", "0", "1", "-", "0", "0"],
     ]
     assert rows_of(text, "Plan")[0].split()[:4] == ["region0", "ort", "cpu", "2"]
@@ -94,8 +94,8 @@ def test_print_writes_to_stdout(report: Report, capsys: pytest.CaptureFixture[st
 
 def test_a_real_report_says_what_was_fused(real: Report) -> None:
     text = str(real)
-    assert "graphopt.bias_gelu" in text
-    assert "fuse_bias_gelu" in text
+    assert "graphopt.linear_activation" in text
+    assert "fuse_linear_activation" in text
     assert "not compared with eager PyTorch" in text
     assert repr(real) == f"Report(Block: 5 ops -> 5, runs on {real.chosen.name})"
 

@@ -40,8 +40,16 @@ def test_every_pass_has_a_place_and_a_reason() -> None:
 
 
 def test_the_default_runs_everything_up_to_level_2() -> None:
-    assert names() == [entry.rule.name for entry in PIPELINE if entry.rule.level <= 2]
-    assert names(level=3) == [entry.rule.name for entry in PIPELINE]
+    exact = [entry.rule for entry in PIPELINE if entry.rule.exact]
+    assert names() == [rule.name for rule in exact if rule.level <= 2]
+    assert names(level=3) == [rule.name for rule in exact]
+
+
+def test_what_is_not_exact_runs_only_when_enabled() -> None:
+    lossy = {entry.rule.name for entry in PIPELINE if not entry.rule.exact}
+    assert lossy
+    assert lossy.isdisjoint(names(level=9))
+    assert lossy <= set(names(enable=lossy))
 
 
 def test_level_0_runs_nothing() -> None:

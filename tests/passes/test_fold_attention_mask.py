@@ -59,6 +59,9 @@ NOTHING = {
     "expanded": lambda: torch.arange(S).new_ones((), dtype=torch.bool).expand(2, 1, S, S),
     "zeros added": lambda: torch.zeros(S, S),
     "key positions that exist": lambda: (ranges()[1] >= 0).expand(S, S),
+    "zeros that are computed": lambda: (1.0 - torch.ones(S, S)) * torch.finfo(torch.float32).min,
+    "filled nowhere": lambda: torch.zeros(S, S).masked_fill(~true(S, S), -torch.inf),
+    "not false": lambda: ~torch.zeros(S, S, dtype=torch.bool) & true(S, S),
     "a chain of ands": lambda: (ranges()[1] >= 0) & (ranges()[0] > -1) & true(S, S),
 }
 CAUSAL = {
@@ -306,3 +309,32 @@ def test_what_is_added_beside_a_fill_is_refused() -> None:
 
     ran = run([fuse_softmax_attention.PASS, PASS], program(forward), Q, K, PADDING)
     ran.refuses("the mask depends on the inputs")
+
+
+def test_an_attention_that_torch_computes() -> None:
+    """Where the heads stay in front, a mask goes all the same."""
+
+    def forward(m, q, k):
+        ones = torch.ones(S, S)
+        masks = true(S, S), (1.0 - ones) * -1e30, torch.zeros(2, 1, 1, S), causal(), true(S, S).tril()
+        return [F.scaled_dot_product_attention(q, k, k, mask, scale=0.3) for mask in masks]
+
+    ran = run(PASS, program(forward), Q, K)
+    found = [node for node in ran.graph.calls if "scaled_dot_product" in str(node.target)]
+    assert [(n.args[3], n.kwargs["is_causal"]) for n in found] == [(None, False)] * 3 + [(None, True)] * 2
+
+
+def test_a_mask_beside_causality_is_refused_where_torch_takes_one_of_them() -> None:
+    def forward(m, q, k, pad):
+        return F.scaled_dot_product_attention(q, k, k, causal() & pad.bool()[:, None, None])
+
+    run(PASS, program(forward), Q, K, PADDING).refuses("takes either a mask or is_causal")
+
+
+def test_an_attention_that_torch_computes_for_any_size() -> None:
+    def forward(m, q, k):
+        mask = torch.zeros(q.shape[0], 1, 1, k.shape[2])
+        return F.scaled_dot_product_attention(q, k, k, mask)
+
+    ran = run(PASS, program(forward), Q, K, dynamic=DYNAMIC)
+    ran.agrees(randn(3, 3, 2, 8), randn(3, 3, 2, 8, seed=1))

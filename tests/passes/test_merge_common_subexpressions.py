@@ -103,3 +103,23 @@ def test_dynamic_sizes() -> None:
 
     ran = run(PASS, program(forward), X, dynamic={"x": {0: "batch", 1: "seq"}})
     ran.counts(arange=2).agrees(randn(5, 2)).agrees(randn(4, 4))
+
+
+def test_two_modules_that_compute_the_same() -> None:
+    """Their weights are tied: all that the second computes, the first has computed."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, shared: torch.nn.Linear) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(4, elementwise_affine=False)
+            self.fc = shared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.gelu(self.fc(self.norm(x)))
+
+    def forward(m, x):
+        return m.left(x) + m.right(x), m.other(x)
+
+    shared = torch.nn.Linear(4, 4)
+    blocks = {"left": Block(shared), "right": Block(shared), "other": Block(torch.nn.Linear(4, 4))}
+    run(PASS, program(forward, **blocks), X).counts(layer_norm=1, linear=2, gelu=2)

@@ -29,6 +29,17 @@ NOOPS = {
     "times ones": lambda x: torch.ones(5, 1) * x,
     "through 1": lambda x: x / 1,
     "through full": lambda x: x / torch.full((2, 5, 8), 1.0),
+    "feature dropout": lambda x: F.dropout1d(x, 0.5, training=False),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, training=False),
+    "wider and back": lambda x: x.double().float(),
+    "a choice of one side": lambda x: torch.where(torch.ones(8, dtype=torch.bool), x, 0.0),
+    "a choice of the other": lambda x: torch.where(torch.zeros(5, 8, dtype=torch.bool), x.sin(), x),
+    "filled nowhere": lambda x: x.masked_fill(torch.zeros(8, dtype=torch.bool), 1.0),
+    "repeated once": lambda x: x.repeat(1, 1, 1),
+    "padded with nothing": lambda x: F.pad(x, (0, 0, 0, 0)),
+    "nothing squeezed": lambda x: x.squeeze().squeeze(1),
+    "one part": lambda x: x.split(5, dim=1)[0],
+    "one piece": lambda x: torch.cat([x], dim=1),
 }
 OTHERS = {
     "dropout in training": lambda x: F.dropout(x, 0.0, training=True),
@@ -53,6 +64,15 @@ OTHERS = {
     "nearly zeros": lambda x: x + torch.full((8,), 1e-30),
     "not all ones": lambda x: x * torch.eye(8)[0],
     "an input of zeros": lambda x: x + (x * 0),
+    "0 times an input": lambda x: x * 0,
+    "narrower and back": lambda x: x.half().float(),
+    "a choice that broadcasts": lambda x: torch.where(torch.ones(3, 1, 1, 1, dtype=torch.bool), x, 0.0),
+    "a choice": lambda x: torch.where(torch.arange(8) > 3, x, 0.0),
+    "filled here and there": lambda x: x.masked_fill(torch.arange(8) > 3, 1.0),
+    "repeated": lambda x: x.repeat(1, 2, 1),
+    "padded": lambda x: F.pad(x, (0, 1)),
+    "one of two parts": lambda x: x.split(4, dim=1)[0],
+    "rectified": lambda x: F.relu(x.abs()),
 }
 
 
@@ -85,6 +105,32 @@ def test_masks_that_are_true_everywhere() -> None:
     x, y = randn(2, 5) > 0, randn(2, 5, seed=1) > 0
     ran = run([PASS, REMOVE_DEAD_CODE], program(forward), x, y)
     ran.becomes("%0 = __and__(x, y)\nreturn x, x, x, x, %0")
+
+
+def test_masks_that_are_false_everywhere() -> None:
+    def forward(m, x, y):
+        none = torch.zeros(5, dtype=torch.bool)
+        return x | none, none | x, x.logical_or(none), x.bitwise_or(torch.arange(5) < 0), x | y
+
+    x, y = randn(2, 5) > 0, randn(2, 5, seed=1) > 0
+    ran = run([fold_constants.PASS, PASS, REMOVE_DEAD_CODE], program(forward), x, y)
+    ran.becomes("%0 = __or__(x, y)\nreturn x, x, x, x, %0")
+
+
+def test_what_is_done_twice_is_done_once() -> None:
+    def forward(m, x):
+        return F.relu(x.relu()), x.abs().abs(), x.floor().floor(), x.relu().abs()
+
+    run(PASS, program(forward), X).counts(relu=2, abs=2, floor=1)
+
+
+def test_integers_that_a_float_rounds_stay() -> None:
+    def forward(m, x, y):
+        return x.float().long(), y.float().to(torch.int8)
+
+    x = torch.tensor([2**24 + 1, 3])
+    ran = run(PASS, program(forward), x, torch.arange(3, dtype=torch.int8))
+    ran.becomes("%0 = to(x, float32)\n%1 = to(%0, int64)\nreturn %1, y")
 
 
 def test_an_and_of_bits_stays() -> None:

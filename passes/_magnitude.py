@@ -1,0 +1,45 @@
+"""Which channels or heads to give up first: those of the smallest weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from graphopt.ir.graph import Graph
+from graphopt.ir.pattern import Match
+from graphopt.passes._channels import Group, blocks
+
+
+def weakest(graph: Graph, groups: Iterable[Group], share: float) -> Iterator[Match]:
+    """One match a group: its weakest units, the groups in ascending order of the damage expected.
+
+    The damage is the part of the group's weights, in squared norm, that goes.
+
+    Args:
+        graph: the graph.
+        groups: its groups; those that cannot be narrowed are passed over.
+        share: of a group's units, how many to give up at once; at least one goes, and at least one stays.
+    """
+    found = []
+    for group in groups:
+        if group.refusal is None and group.units > 1:
+            strength = _strength(group)
+            count = max(1, int(group.units * share))
+            order = strength.argsort()
+            damage = float(strength[order[:count]].sum() / strength.sum().clamp_min(1e-300))
+            found.append((damage, group, sorted(order[count:].tolist())))
+    for damage, group, kept in sorted(found, key=lambda one: one[0]):
+        nodes = group.nodes
+        yield Match(graph, nodes[-1], nodes, {"group": group, "kept": kept, "damage": damage})
+
+
+def _strength(group: Group) -> torch.Tensor:
+    """(units,) float64: the squared norm of each unit's weights, every layer counted alike."""
+    total = torch.zeros(group.units).double()
+    layers = [(one.weight, one.made, group.axes[node]) for node, one in group.made.items()]
+    layers += [(one.weight, one.read, axis) for one, axis in group.read.values()]
+    for weight, dim, axis in layers:
+        size = blocks(group.graph, weight, dim, axis, group.units).double().square().sum((0, 2, 3)).cpu()
+        total += size / size.sum().clamp_min(1e-300)
+    return total
