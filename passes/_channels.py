@@ -20,8 +20,8 @@ from torch import fx
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import argument
 from graphopt.passes._axes import Axis, fits, rule, shape
+from graphopt.passes._layers import CONVOLUTIONS
 from graphopt.passes._ranges import as_uniform
-from graphopt.passes.fold_conv_batch_norm import CONVOLUTIONS
 
 aten = torch.ops.aten
 
