@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from graphopt.compiler.pass_ import Pass, find, users_passes
 from graphopt.passes import (
     fold_attention_mask,
+    fold_attention_scale,
     fold_constants,
     fold_conv_batch_norm,
+    fold_conv_conv,
+    fold_embedding_linear,
+    fold_embedding_scale,
+    fold_embedding_sum,
     fold_index,
+    fold_linear_batch_norm,
+    fold_linear_linear,
     fold_linear_reshape,
+    fold_norm_affine,
+    fold_scale,
+    fold_sizes,
+    fold_weight_layout,
     fuse_add_layer_norm,
     fuse_add_rms_norm,
     fuse_attention,
@@ -23,6 +34,7 @@ from graphopt.passes import (
     fuse_linear,
     fuse_rms_norm,
     fuse_rope,
+    merge_casts,
     merge_common_subexpressions,
     merge_linears,
     remove_dead_code,
@@ -45,7 +57,14 @@ class Entry:
 
 PIPELINE: tuple[Entry, ...] = (
     Entry(remove_noops.PASS, "patterns then see producers, not casts and views that do nothing"),
+    Entry(fold_sizes.PASS, "what is made of equal sizes is then equal, and merged below"),
+    Entry(merge_casts.PASS, "likewise: a value, not the round trip that it makes through another type"),
     Entry(fold_index.PASS, "needs the ranges that index a mask before folding makes constants of them"),
+    Entry(fold_embedding_scale.PASS, "a scaled lookup is a lookup for the next two"),
+    Entry(
+        fold_embedding_sum.PASS,
+        "fewer lookups are left to fuse; needs them before folding makes rows of them",
+    ),
     Entry(
         fuse_embedding_layer_norm.PASS, "needs the lookups before folding makes a row of the position table"
     ),
@@ -55,15 +74,28 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(merge_common_subexpressions.PASS, "rotary tables and masks built once a layer become one"),
     Entry(remove_noops.PASS, "folding shows additions of 0 and masks that are true everywhere"),
     Entry(fold_conv_batch_norm.PASS, "before anything looks at what follows a convolution"),
+    Entry(fold_conv_conv.PASS, "once no batch norm stands between two convolutions"),
     Entry(fuse_linear.PASS, "one spelling of a projection for every pass below"),
+    Entry(fold_weight_layout.PASS, "what is left of products with a weight: those without a bias"),
+    Entry(fold_linear_batch_norm.PASS, "once every projection is a linear"),
     Entry(fold_linear_reshape.PASS, "a projection's own neighbours then stand next to it"),
+    Entry(fold_embedding_linear.PASS, "once every projection is a linear"),
+    Entry(fold_linear_linear.PASS, "once no batch norm stands between two projections"),
     Entry(fuse_gelu.PASS, "a spelled-out GELU is one node before it is fused with its bias"),
     Entry(fuse_layer_norm.PASS, "one spelling of a norm for every pass below"),
     Entry(fuse_rms_norm.PASS, "before the residual norms, which match the whole norm"),
     Entry(fuse_rope.PASS, "before attention, whose transposes it shares"),
     Entry(fuse_attention.PASS, "after rope, so that both agree on tokens first"),
     Entry(remove_noops.PASS, "transposes put around rope and attention cancel"),
+    Entry(fold_attention_scale.PASS, "a factor of queries or keys costs no weights there"),
+    Entry(
+        fold_scale.PASS,
+        "behind the fusions, whose patterns have factors of their own; before Q, K and V merge",
+    ),
     Entry(fold_attention_mask.PASS, "looks at the mask that attention carries"),
+    Entry(
+        fold_norm_affine.PASS, "level 3; while the norms stand alone, before they merge with what precedes"
+    ),
     Entry(merge_linears.PASS, "finds Q, K and V behind attention; its merged weight is what others then see"),
     Entry(fuse_gated_mlp.PASS, "before bias and GELU are fused, which would hide a GeGLU's gate"),
     Entry(fuse_bias_gelu.PASS, "what is left of linear + GELU"),
