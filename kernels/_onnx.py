@@ -136,8 +136,8 @@ def layer_norm(x: Value, like: Value, weight: Value | None, bias: Value | None, 
 
 def rms_norm(x: Value, like: Value, weight: Value | None, eps: float) -> Any:
     """RMSNormalization over the last dimension; ``like`` lends its dtype and D when there is no weight."""
-    weight = ones_like_last_dim(like) if weight is None else weight
-    if weight.dtype == like.dtype:
+    if weight is None or weight.dtype == like.dtype:
+        weight = ones_like_last_dim(like) if weight is None else weight
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
     wide = op.RMSNormalization(op.Cast(x, to=int(weight.dtype)), weight, axis=-1, epsilon=eps)
     return op.Cast(wide, to=int(like.dtype))
