@@ -293,12 +293,12 @@ def test_projections_of_one_input_with_joined_heads() -> None:
     weights = {name: nn.Linear(H * D, H * D) for name in "qkv"}
     run(PASSES, program(forward, **weights), randn(B, S, H * D)).becomes("""
         %0 = linear(x, q.weight, q.bias)
-        %1 = linear(x, k.weight, k.bias)
-        %2 = linear(x, v.weight, v.bias)
-        %3 = reshape(%1, [2, 5, 4, 8])
+        %1 = reshape(%0, [2, 5, 4, 8])
+        %2 = linear(x, k.weight, k.bias)
+        %3 = linear(x, v.weight, v.bias)
         %4 = reshape(%2, [2, 5, 4, 8])
-        %5 = reshape(%0, [2, 5, 4, 8])
-        %6 = graphopt.attention(%5, %3, %4, None, False, None)
+        %5 = reshape(%3, [2, 5, 4, 8])
+        %6 = graphopt.attention(%1, %4, %5, None, False, None)
         %7 = reshape(%6, [2, 5, 32])
         return %7
     """)
