@@ -2,8 +2,8 @@
 
     out = act(conv(x, weight) + bias + residual)
 
-``act`` is one of the activations in ``_activations.py``; with "none" it is left out. The residual comes before
-the activation, as in a residual network's block.
+``act`` is one of the activations in ``_activations.py``; with "none" it is left out. The residual comes
+before the activation, as in a residual network's block.
 
 Source: He et al., Deep Residual Learning for Image Recognition (arXiv:1512.03385).
 """
