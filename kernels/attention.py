@@ -1,18 +1,23 @@
 """Scaled dot-product attention over heads that lie next to each other in memory.
 
-    scores[b, h, s, t] = scale * sum_d query[b, s, h, d] * key[b, t, h // (H // K), d] + mask[b, h, s, t]
+    product[b, h, s, t] = scale * sum_d query[b, s, h, d] * key[b, t, h // (H // K), d]
+    scores[b, h, s, t] = softcap * tanh(product[b, h, s, t] / softcap) + mask[b, h, s, t]
     out[b, s, h, :] = sum_t softmax_t(scores[b, h, s, :])[t] * value[b, t, h // (H // K), :]
 
 A boolean mask says where to attend (True), a floating one is added. ``is_causal`` also forbids t > s, counted
-from the top left. A row with nothing to attend to gives zeros, as in torch's
-``scaled_dot_product_attention``.
+from the top left. Without ``softcap`` the scores are not capped.
+
+What is forbidden, False or -inf in the mask or later than causality allows, has no weight, and a row with
+nothing to attend to gives zeros, as in torch's ``scaled_dot_product_attention``. With ``fill`` it scores that
+number instead, as after ``masked_fill``: a row of nothing else is then uniform, or NaN if the fill is -inf.
 
 Source: Vaswani et al., Attention Is All You Need (arXiv:1706.03762), equation 1; heads grouped as in Ainslie
-et al., GQA (arXiv:2305.13245).
+et al., GQA (arXiv:2305.13245); capped as in Gemma 2 (arXiv:2408.00118), section 2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +26,16 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels._attention_onnx import additive_mask, full_mask, written_out
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 
 SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, float? scale=None)"
-    " -> Tensor"
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, float? scale=None,"
+    " float? softcap=None, float? fill=None) -> Tensor"
 )
+_FEW = 2**13  # numbers: fewer than a sequence of 8 has at a width of 512
+SWALLOWS = -1e30  # adding any score to a number below this one gives that number, in 24 bits and more
 
 
 def _shape(
@@ -37,6 +45,8 @@ def _shape(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
 ) -> torch.Tensor:
     """The shape rule.
 
@@ -47,6 +57,8 @@ def _shape(
         mask: broadcastable to (B, H, S, T); bool, or query's dtype.
         is_causal: whether a query at s sees only keys at t <= s.
         scale: the factor before the softmax, above zero; None is 1 / sqrt(D).
+        softcap: the bound of the scores before the mask, above zero; None is no bound.
+        fill: the score of what is forbidden; None takes it out of the row.
 
     Returns:
         An empty (B, S, H, E).
@@ -67,6 +79,7 @@ def _shape(
     require(H % K == 0, f"attention: {K} key heads do not divide {H} query heads")
     # torch scales what causality has filled with -inf, and so gives NaN for any other scale
     require(scale is None or scale > 0, f"attention: scale must be above zero, not {scale}")
+    require(softcap is None or softcap > 0, f"attention: softcap must be above zero, not {softcap}")
     if mask is not None:
         dtypes = (torch.bool, query.dtype)
         require(mask.dtype in dtypes, f"attention: mask must be bool or {query.dtype}, not {mask.dtype}")
@@ -85,13 +98,27 @@ def _reference(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
 ) -> torch.Tensor:
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
+    few = query_BSHD.device.type == "cpu" and query_BSHD.numel() + key_BTKD.numel() <= _FEW
+    if few or softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):
+        # Two float32 kernels may differ by 40 ulp where scores are of order 10, which the verification of a
+        # small region would take for a fault. Larger ones average, and there float64 would take its time.
+        wide = torch.float64 if few else torch.promote_types(query_BSHD.dtype, torch.float32)
+        scores = (query_BSHD.to(wide), key_BTKD.to(wide), mask, is_causal, scale, softcap, fill)
+        return _weighted(_weights(*scores), value_BTKE.to(wide)).to(query_BSHD.dtype)
+    empty = None
+    if mask is not None:
         if is_causal:  # torch takes one or the other
-            size = query_BSHD.shape[1], key_BTKD.shape[1]
-            causal_ST = torch.ones(size, dtype=torch.bool, device=mask.device).tril()
-            mask = mask & causal_ST if mask.dtype == torch.bool else mask.masked_fill(~causal_ST, -torch.inf)
+            mask = _with_causality(mask, query_BSHD.shape[1], key_BTKD.shape[1])
+        if fill == -math.inf:
+            empty = ~mask.any(-1) if mask.dtype == torch.bool else (mask == -math.inf).all(-1)
+        elif fill is not None:
+            added = query_BSHD.new_zeros(()) if mask.dtype == torch.bool else mask
+            mask = torch.where(_allowed(mask), added, fill)
     out_BHSE = F.scaled_dot_product_attention(
         query_BSHD.transpose(1, 2),
         key_BTKD.transpose(1, 2),
@@ -101,6 +128,61 @@ def _reference(
         scale=scale,
         enable_gqa=query_BSHD.shape[2] != key_BTKD.shape[2],
     )
+    if empty is not None:
+        out_BHSE = out_BHSE.masked_fill(empty[..., None], math.nan)
+    return out_BHSE.transpose(1, 2).contiguous()
+
+
+def _is_swallowing(fill: float, dtype: torch.dtype) -> bool:
+    """True when a score plus the fill is the fill, so that adding it is as good as filling it in."""
+    return fill == -math.inf or torch.finfo(dtype).min <= fill <= SWALLOWS
+
+
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask > -math.inf
+
+
+def _with_causality(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+    causal_ST = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+    return mask & causal_ST if mask.dtype == torch.bool else mask.masked_fill(~causal_ST, -math.inf)
+
+
+def _weights(
+    query_BSHD: torch.Tensor,
+    key_BTKD: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    fill: float | None,
+) -> torch.Tensor:
+    """The softmax of the scores, (B, H, S, T)."""
+    (B, S, H, D), (T, K) = query_BSHD.shape, key_BTKD.shape[1:3]
+    query_BKGSD = query_BSHD.reshape(B, S, K, H // K, D).permute(0, 2, 3, 1, 4)
+    key_BK1DT = key_BTKD.permute(0, 2, 3, 1)[:, :, None]
+    scale = D**-0.5 if scale is None else scale
+    scores_BHST = (query_BKGSD @ key_BK1DT).reshape(B, H, S, T) * scale
+    if softcap is not None:
+        scores_BHST = torch.tanh(scores_BHST / softcap) * softcap
+    if is_causal and mask is None:
+        mask = torch.ones(1, 1, S, T, dtype=torch.bool, device=key_BTKD.device).tril()
+    elif is_causal and mask is not None:
+        mask = _with_causality(mask, S, T)
+    if mask is None:
+        return torch.softmax(scores_BHST, -1)
+    if mask.dtype != torch.bool:
+        scores_BHST = scores_BHST + mask
+    scores_BHST = torch.where(_allowed(mask), scores_BHST, -math.inf if fill is None else fill)
+    weights_BHST = torch.softmax(scores_BHST, -1)
+    if fill is not None:
+        return weights_BHST
+    return weights_BHST.masked_fill(~_allowed(mask).any(-1, keepdim=True), 0.0)
+
+
+def _weighted(weights_BHST: torch.Tensor, value_BTKE: torch.Tensor) -> torch.Tensor:
+    (B, H, S, T), (K, E) = weights_BHST.shape, value_BTKE.shape[2:]
+    value_BK1TE = value_BTKE.transpose(1, 2)[:, :, None]
+    out_BHSE = (weights_BHST.reshape(B, K, H // K, S, T) @ value_BK1TE).reshape(B, H, S, E)
     return out_BHSE.transpose(1, 2).contiguous()
 
 
@@ -111,40 +193,13 @@ def _cost(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
 ) -> Cost:
     """Two products a score; a causal mask counts the full rectangle, which few kernels halve."""
     (B, S, H, D), T, E = query.shape, key.shape[1], value.shape[3]
     out = B * S * H * E * query.element_size()
     return Cost(flops=2.0 * B * H * S * T * (D + E), bytes=nbytes(query, key, value, mask) + out)
-
-
-def _onnx_mask(mask: Value, query: Value, key: Value) -> Any:
-    """The mask as ONNX Runtime's Attention wants it: (..., S, T), where only batch and heads may be 1.
-
-    Every layer of a model emits the same nodes here, out of the mask alone wherever that is possible, so that
-    common-subexpression elimination leaves one of them.
-    """
-    assert mask.shape is not None
-    assert query.shape is not None
-    assert key.shape is not None
-    given, lengths = list(mask.shape), [query.shape[1], key.shape[1]]
-    if mask.dtype != ir.DataType.BOOL:
-        # ONNX Runtime reads the lowest finite number as "masked" and zeroes a row of nothing else. In torch
-        # that number is one like any other, and only -inf forbids. Half of it is as far below every score.
-        assert mask.dtype is not None
-        lowest = float(mask.dtype.min)
-        mask = op.Where(op.Equal(mask, lowest), lowest / 2, mask)
-    if given[-2:] == lengths:
-        return mask
-    extents = []
-    for source, length in zip((query, key), lengths, strict=True):
-        if isinstance(length, int):
-            extents.append(length)
-        elif given and given[-1] == length:
-            extents.append(op.Shape(mask, start=-1))
-        else:
-            extents.append(op.Shape(source, start=1, end=2))
-    return op.Expand(mask, extents)
 
 
 def _onnx(
@@ -154,6 +209,8 @@ def _onnx(
     mask: Value | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
 ) -> Any:
     """One node: MultiHeadAttention where it is the flash kernel, Attention for everything else.
 
@@ -168,9 +225,18 @@ def _onnx(
     heads, kv_heads = query.shape[2], key.shape[2]
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         raise ValueError(f"attention: ONNX needs fixed numbers of heads, not {heads} and {kv_heads}")
-    mask = None if mask is None else _onnx_mask(mask, query, key)
+    if mask is None and (fill is None or fill <= SWALLOWS):
+        fill = None  # causality alone leaves no row without a key
+    narrow = query.dtype == ir.DataType.FLOAT16  # which has no number that swallows scores but -inf
+    if fill is not None and (fill > SWALLOWS or (narrow and fill > -math.inf)):
+        factor = query.shape[3] ** -0.5 if scale is None else scale
+        return written_out(query, key, value, mask, is_causal, factor, softcap, fill)
+    if mask is not None and fill is not None:
+        mask, is_causal = additive_mask(mask, query, key, is_causal, fill), False
+    elif mask is not None:
+        mask = full_mask(mask, query, key)
     packed = [op.Reshape(x, [0, 0, -1]) for x in (query, key, value)]
-    if mask is None and not is_causal and heads == kv_heads:
+    if mask is None and not is_causal and heads == kv_heads and softcap is None:
         out = emit("MultiHeadAttention", *packed, num_heads=heads, scale=scale)
     else:
         out = emit(
@@ -183,6 +249,7 @@ def _onnx(
             kv_num_heads=kv_heads,
             is_causal=int(is_causal),
             scale=scale,
+            softcap=softcap,
         )
     return op.Reshape(out, [0, 0, heads, -1])
 
@@ -232,6 +299,17 @@ def _samples() -> Iterator[Sample]:
     lowest = torch.zeros(2, 1, 1, 6)
     lowest[0, ..., 3:] = lowest[1] = torch.finfo(torch.float32).min
     yield Sample((*_qkv(*square), lowest), label="additive lowest number, one sequence all padding")
+    yield Sample(_qkv(*square), {"softcap": 0.7}, label="capped")
+    yield Sample((*_qkv(2, 5, 5, 6, 2, 16, 8), None, True, 0.3, 0.7), label="capped, grouped heads, causal")
+    yield Sample((*_qkv(*square), empty), {"softcap": 0.7}, label="capped, empty rows")
+    yield Sample((*_qkv(*square), torch.randn(1, 4, 6, 6)), {"softcap": 0.7}, label="capped, additive bias")
+    for fill in (-3.0, -1e4, torch.finfo(torch.bfloat16).min):
+        yield Sample((*_qkv(*square), empty), {"fill": fill}, label=f"empty rows filled with {fill:.0e}")
+        options = {"fill": fill, "is_causal": True}
+        yield Sample((*_qkv(*square), nothing), options, label=f"causal, filled with {fill:.0e}")
+        yield Sample((*_qkv(*square), additive), {"fill": fill}, label=f"added, filled with {fill:.0e}")
+    yield Sample(_qkv(*square), {"fill": -1e4, "is_causal": True}, label="causal alone, filled")
+    yield Sample((*_qkv(*square), padding), {"fill": -math.inf}, label="filled with -inf")
     query, key, value = _qkv(*square)
     yield Sample((30 * query, 30 * key, value, padding), label="large magnitudes")
 
@@ -247,6 +325,7 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((query, key, value, torch.ones(6, 5, dtype=torch.bool)), match="does not broadcast")
     yield BadSample((query, key, value, torch.ones(6, 6, dtype=torch.int64)), match="mask must be bool")
     yield BadSample((query, key, value), {"scale": -0.5}, match="scale must be above zero")
+    yield BadSample((query, key, value), {"softcap": 0.0}, match="softcap must be above zero")
 
 
 OP = register(Op("attention", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))

@@ -1,4 +1,4 @@
-"""attention(mask=true) -> no mask; attention(mask=causal & m) -> is_causal, mask=m; expanded mask -> mask."""
+"""attention(mask=true) -> no mask; mask=causal & m -> is_causal, m; mask=where(m, 0, fill) -> m, fill."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_size
 from graphopt.ir.pattern import Call, Match, Var, argument
 from graphopt.kernels.attention import OP as ATTENTION
+from graphopt.kernels.attention import SWALLOWS
 from graphopt.passes._ranges import as_uniform, is_causal
 from graphopt.passes._scalars import tensor
 
@@ -27,6 +28,8 @@ pattern = Call(
     tensor("mask"),
     is_causal=Var("causal"),
     scale=Var("scale"),
+    softcap=Var("softcap"),
+    fill=Var("fill"),
 )
 
 
@@ -45,7 +48,7 @@ class Known:
 
 def check(match: Match) -> str | None:
     """Refuse what cannot be simplified; the reason tells what the mask is."""
-    if simplify(match, match["mask"]) != Known(match["mask"], False):
+    if _simplified(match) != (Known(match["mask"], match["causal"]), match["fill"]):
         return None
     if match.constant("mask") is not None:
         return "the mask is a constant that is neither true everywhere nor causal"
@@ -54,10 +57,66 @@ def check(match: Match) -> str | None:
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Say what the mask says by the op's own arguments."""
-    known = simplify(match, match["mask"])
-    causal = known.is_causal or match["causal"]
-    args = (match["q"], match["k"], match["v"], known.rest, causal, match["scale"])
-    rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args))
+    known, fill = _simplified(match)
+    args = (match["q"], match["k"], match["v"], known.rest, known.is_causal, match["scale"])
+    options = {"softcap": match["softcap"], "fill": fill}
+    given = {name: option for name, option in options.items() if option is not None}
+    rewriter.replace(match.root, rewriter.call(ATTENTION.overload, *args, **given))
+
+
+def _simplified(match: Match) -> tuple[Known, float | None]:
+    """What is known of the mask and of causality together, and the fill that goes with it."""
+    mask, fill = match["mask"], match["fill"]
+    if mask.meta["val"].dtype != torch.bool:
+        if fill is not None and fill > SWALLOWS:  # what the mask adds and what it forbids are different
+            return Known(mask, match["causal"]), fill
+        if not match["causal"]:
+            mask, fill = _condition(match, mask, fill)
+    known = simplify(match, mask)
+    known = Known(known.rest, known.is_causal or match["causal"])
+    unfilled = fill is not None and fill <= SWALLOWS and _sees_something(match, known)
+    return known, None if unfilled else fill
+
+
+def _condition(match: Match, mask: fx.Node, fill: float | None) -> tuple[fx.Node, float | None]:
+    """The condition m of an added ``where(m, 0, number)``, and the fill that says the same.
+
+    Only for numbers that swallow every score that they are added to: then the score is the number.
+    """
+    inner = mask
+    while inner.op == "call_function" and inner.target is aten.expand.default:
+        source: Any = inner.args[0]
+        inner = source
+    if inner.op != "call_function" or inner.target not in _CHOICES:
+        return mask, fill
+    condition, zero, number = inner.args
+    assert isinstance(condition, fx.Node)
+    added = as_uniform(match.graph, number)
+    lowest = torch.finfo(mask.meta["val"].dtype).min
+    if as_uniform(match.graph, zero) != 0 or added is None or added > SWALLOWS:
+        return mask, fill
+    if condition.meta["val"].dtype != torch.bool or not _broadcasts(
+        condition.meta["val"], mask.meta["val"], True
+    ):
+        return mask, fill
+    return condition, fill if added < lowest else float(added)
+
+
+_CHOICES = (aten.where.self, aten.where.ScalarOther, aten.where.Scalar)
+
+
+def _sees_something(match: Match, known: Known) -> bool:
+    """True when every query sees a key, whatever the inputs are: then nobody sees the fill either."""
+    if known.rest is None:
+        return True
+    constant = match.graph.constant(known.rest)
+    if constant is None or constant.dtype != torch.bool or constant.dim() < 2:
+        return False
+    if known.is_causal:
+        if constant.shape[-2] == 1 and constant.shape[-1] > 1:
+            return bool(constant[..., 0].all())
+        constant = constant & torch.ones(constant.shape[-2:], dtype=torch.bool, device=constant.device).tril()
+    return bool(constant.any(-1).all())
 
 
 def simplify(match: Match, mask: fx.Node) -> Known:
@@ -114,9 +173,9 @@ def _is_lower_triangle(mask: torch.Tensor | None) -> bool:
     return bool((allowed == lower).all()) and bool((forbidden == ~lower).all())
 
 
-def _broadcasts(source: torch.Tensor, target: torch.Tensor) -> bool:
+def _broadcasts(source: torch.Tensor, target: torch.Tensor, any_type: bool = False) -> bool:
     """True when the source is the target, but for dimensions of size 1 that are repeated."""
-    if source.dim() < 2 or source.dtype != target.dtype:
+    if source.dim() < 2 or (source.dtype != target.dtype and not any_type):
         return False
     pairs = zip(reversed(source.shape), reversed(target.shape), strict=False)
     return all(same_size(a, 1) or same_size(a, b) for a, b in pairs)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import same_size
-from graphopt.ir.pattern import Call, Match, Var, argument
+from graphopt.ir.pattern import Call, Match, Var
 from graphopt.kernels.attention import OP as ATTENTION
+from graphopt.passes._heads import tokens_first, unrepeated
 from graphopt.passes._scalars import tensor
 
 aten = torch.ops.aten
@@ -49,41 +47,13 @@ def check(match: Match) -> str | None:
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Transpose once around the op (which cancels against the transposes already there)."""
-    query = _tokens_first(rewriter, match["q"])
-    key, value = (_tokens_first(rewriter, _unrepeated(match[name])) for name in ("k", "v"))
+    query = tokens_first(rewriter, match["q"])
+    key, value = (tokens_first(rewriter, unrepeated(match[name])) for name in ("k", "v"))
     if key.meta["val"].shape[2] != value.meta["val"].shape[2]:
-        key, value = (_tokens_first(rewriter, match[name]) for name in ("k", "v"))
+        key, value = (tokens_first(rewriter, match[name]) for name in ("k", "v"))
     args = (query, key, value, match["mask"], match["causal"], match["scale"])
     attended = rewriter.call(ATTENTION.overload, *args)
     rewriter.replace(match.root, rewriter.call(aten.transpose.int, attended, 1, 2))
-
-
-def _tokens_first(rewriter: Rewriter, node: fx.Node) -> fx.Node:
-    """(B, H, S, D) as (B, S, H, D): the source of the transpose where there is one."""
-    if node.target is aten.transpose.int and {dim % 4 for dim in node.args[1:]} == {1, 2}:  # type: ignore[operator]
-        source: Any = node.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-    return rewriter.call(aten.transpose.int, node, 1, 2)
-
-
-def _unrepeated(node: fx.Node) -> fx.Node:
-    """k behind ``reshape(expand(unsqueeze(k, 2), (B, K, n, T, D)), (B, K * n, T, D))``, where repeated so."""
-    if node.target is aten.repeat_interleave.self_int and argument(node, "dim") in (1, -3):
-        repeated: Any = node.args[0]
-        return repeated if isinstance(repeated, fx.Node) else node
-    expand: Any = node.args[0] if node.target is aten.reshape.default else None
-    if not isinstance(expand, fx.Node) or expand.target is not aten.expand.default:
-        return node
-    unsqueeze: Any = expand.args[0]
-    if not isinstance(unsqueeze, fx.Node) or unsqueeze.target is not aten.unsqueeze.default:
-        return node
-    source: Any = unsqueeze.args[0]
-    result, original = node.meta["val"], source.meta["val"]
-    same_rest = original.dim() == result.dim() == 4 and all(
-        same_size(original.shape[dim], result.shape[dim]) for dim in (0, 2, 3)
-    )
-    return source if unsqueeze.args[1] == 2 and same_rest else node
 
 
 PASS = register(Pass("fuse_attention", "fuse", pattern, rewrite, check))

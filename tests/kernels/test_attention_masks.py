@@ -136,3 +136,30 @@ def test_layers_share_the_work_on_the_mask(dtype: torch.dtype, tmp_path: Path) -
     assert counts["Attention"] == 2
     assert counts["Expand"] == 1
     assert counts["Where"] == (dtype == torch.float32)
+
+
+class Filled(torch.nn.Module):
+    """The op whose forbidden scores are -inf, with causality and without."""
+
+    def forward(self, x: torch.Tensor, *masks: torch.Tensor) -> list:
+        return [
+            attention.OP.overload(x, x, x, mask, is_causal, fill=-math.inf)
+            for mask in masks
+            for is_causal in (False, True)
+        ]
+
+
+def test_rows_of_nothing_but_minus_infinity_are_not_a_number() -> None:
+    x, seen = torch.randn(2, 5, HEADS, FEATURES), torch.rand(2, 1, 5, 5) > 0.4
+    seen[0, :, 1], seen[1, :, :, 0] = False, False
+    masks = seen, torch.zeros(2, 1, 5, 5).masked_fill(~seen, -math.inf)
+    model = to_onnx(Filled(), (x, *masks), (None, (None, None)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feed = zip(session.get_inputs(), (x, *masks), strict=True)
+    lowered = session.run(None, {given.name: value.numpy() for given, value in feed})
+    for i, (mask, is_causal) in enumerate(itertools.product(masks, (False, True))):
+        allowed = seen & torch.ones(5, 5, dtype=torch.bool).tril() if is_causal else seen
+        truth = written_out(x, x, x, mask, is_causal)
+        truth = truth.masked_fill(~allowed.any(-1).transpose(1, 2)[..., None], math.nan)
+        for actual in (attention.OP(x, x, x, mask, is_causal, fill=-math.inf), torch.from_numpy(lowered[i])):
+            torch.testing.assert_close(actual.double(), truth, rtol=0, atol=1e-5, equal_nan=True)

@@ -326,8 +326,13 @@ def test_every_op_has_an_intended_node() -> None:
 
 
 @pytest.mark.parametrize(("tuning", "dynamic", "dtype"), VARIANTS)
-def test_attention_is_always_one_node(tuning: str, dynamic: bool, dtype: torch.dtype) -> None:
-    for nodes in exported("attention", tuning, dynamic, dtype).nodes:
+def test_attention_is_one_node(tuning: str, dynamic: bool, dtype: torch.dtype) -> None:
+    """But for a fill that a score may reach, or that float16 has no number for."""
+    run = exported("attention", tuning, dynamic, dtype)
+    for call, nodes in zip(run.calls, run.nodes, strict=True):
+        fill = call.kwargs.get("fill")
+        if fill is not None and (fill > -1e30 or dtype == torch.float16) and fill != -math.inf:
+            continue
         assert sum(node in ("Attention", "MultiHeadAttention") for node in nodes) == 1
         assert "Softmax" not in nodes
 

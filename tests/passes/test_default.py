@@ -242,3 +242,14 @@ def test_bert_in_half_precision() -> None:
     example = models.bert()
     example.model.to(torch.bfloat16)
     optimized(example).counts(**of_bert(layers(example)))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5"])
+def test_attention_spelled_out_is_the_same_attention(name: str) -> None:
+    """What transformers writes out in its eager attention."""
+    example = models.FAMILIES[name]()
+    called = optimized(example).graph.op_counts()
+    example.model.set_attn_implementation("eager")
+    spelled = optimized(example).counts(softmax=0, matmul=0)
+    for op in ("graphopt.attention", "aten.linear", "aten.transpose"):
+        assert spelled.graph.op_counts().get(op) == called.get(op)

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.kernels.attention import OP as ATTENTION
-from graphopt.passes import fold_constants, fold_index, fuse_attention, remove_noops
+from graphopt.passes import (
+    fold_constants,
+    fold_index,
+    fuse_attention,
+    fuse_softmax_attention,
+    remove_noops,
+)
 from graphopt.passes.fold_attention_mask import PASS
 from tests._models import padding, randn
 from tests.passes._harness import Ran, program, run
@@ -255,3 +261,48 @@ def test_one_row_for_all_queries_of_any_number_is_refused() -> None:
 
     ran = run([*BEFORE, PASS], program(forward), Q, K, dynamic=DYNAMIC)
     ran.refuses("the mask depends on the inputs").agrees(randn(2, 3, 3, 8), randn(2, 3, 3, 8, seed=1))
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def test_an_added_choice_is_a_mask_with_a_fill() -> None:
+    def forward(m, q, k, pad):
+        keys = pad.bool()[:, None, None]
+        masks = (
+            torch.where(keys, 0.0, LOWEST),
+            torch.where(causal() & keys, torch.zeros(()), -torch.inf).expand(2, 1, S, S),
+            torch.where(causal(), 0.0, LOWEST),
+            torch.where(keys, 0.0, -1e4),
+        )
+        return [F.scaled_dot_product_attention(q, k, k, mask) for mask in masks]
+
+    ran = run([*BEFORE, PASS], program(forward), Q, K, PADDING)
+    narrow = (2, 1, 1, S)
+    assert masks_and_causal(ran) == [(narrow, False), (narrow, True), (None, True), (narrow, False)]
+    found = [node for node in ran.graph.calls if node.target is ATTENTION.overload]
+    assert [node.kwargs.get("fill") for node in found] == [LOWEST, None, None, None]
+    assert [node.args[3].meta["val"].dtype for node in found if node.args[3]] == [
+        torch.bool,
+        torch.bool,
+        torch.float32,
+    ]
+
+
+def test_a_fill_that_every_row_escapes_is_dropped() -> None:
+    def forward(m, q, k):
+        band = causal() & (ranges()[1] > ranges()[0] - 2)
+        return torch.softmax((q @ k.mT).masked_fill(~band, -torch.inf), -1) @ k
+
+    ran = run([fuse_softmax_attention.PASS, fold_constants.PASS, PASS], program(forward), Q, K)
+    (found,) = (node for node in ran.graph.calls if node.target is ATTENTION.overload)
+    assert "fill" not in found.kwargs
+
+
+def test_what_is_added_beside_a_fill_is_refused() -> None:
+    def forward(m, q, k, pad):
+        scores = (q @ k.mT + ranges()[0]).masked_fill(pad[:, None, None] == 0, -1e4)
+        return torch.softmax(scores, -1) @ k
+
+    ran = run([fuse_softmax_attention.PASS, PASS], program(forward), Q, K, PADDING)
+    ran.refuses("the mask depends on the inputs")
