@@ -19,7 +19,7 @@ _MAX_STEPS = 24  # the longest spelling has about ten
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
-    """At every pointwise call, from the last on, the longest chain behind it that computes a known one."""
+    """At every pointwise call, the last first, the longest chain behind it that computes something known."""
     for root in reversed(graph.calls):
         if root._erased or not is_pointwise(root) or not root.meta["val"].is_floating_point():
             continue

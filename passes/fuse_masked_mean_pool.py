@@ -92,7 +92,7 @@ def _token_mask(node: Any) -> tuple[fx.Node | None, list[fx.Node]]:
             val = source.meta["val"]
             passes = val.dim() == 3 and same_size(val.shape[2], 1)
         else:
-            passes = node.target is aten.to.dtype and node.meta["val"].dtype.is_floating_point
+            passes = _widens(node)
         if not passes:
             break
         views.append(node)
@@ -115,16 +115,23 @@ def _count(node: Any) -> tuple[fx.Node | None, float | None, list[fx.Node]]:
         elif node.target is aten.sum.dim_IntList:
             summed = _summed(node)
             # (batch, tokens) keeps a dimension to divide by, or gets it back
-            kept = argument(node, "keepdim") or (
-                len(nodes) > 1 and nodes[-2].target is aten.unsqueeze.default
-            )
+            kept = argument(node, "keepdim") or any(n.target is aten.unsqueeze.default for n in nodes)
             per_row = summed is not None and summed.meta["val"].dim() == 2
             fits = summed is not None and (bool(kept) if per_row else not argument(node, "keepdim"))
             return (summed if fits else None), None if minimum is None else float(minimum), nodes
-        elif node.target is not aten.unsqueeze.default or argument(node, "dim") not in (-1, 1):
+        elif not _puts_a_column(node) and not _widens(node):
             break
         node = node.args[0]
     return None, None, nodes
+
+
+def _puts_a_column(node: fx.Node) -> bool:
+    return node.target is aten.unsqueeze.default and argument(node, "dim") in (-1, 1)
+
+
+def _widens(node: fx.Node) -> bool:
+    """True for a cast to a floating type, which holds what a mask holds."""
+    return node.target is aten.to.dtype and bool(node.meta["val"].dtype.is_floating_point)
 
 
 PASS = register(Pass("fuse_masked_mean_pool", "fuse", pattern, rewrite, check))

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from graphopt.passes import fuse_gelu
+from graphopt.passes import fuse_activation
 from graphopt.passes.fuse_gated_mlp import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -64,7 +64,7 @@ def test_the_block_of_llama() -> None:
 
 def test_the_block_of_t5() -> None:
     config = T5Config(d_model=8, d_ff=12, feed_forward_proj="gated-gelu")
-    ran = run([fuse_gelu.PASS, PASS], T5DenseGatedActDense(config).eval(), X)
+    ran = run([fuse_activation.PASS, PASS], T5DenseGatedActDense(config).eval(), X)
     ran.counts(gated_mlp=1, linear=1, tanh=0, gelu=0)
 
 

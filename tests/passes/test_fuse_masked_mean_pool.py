@@ -30,6 +30,10 @@ def counted_apart_in_float(m, x, mask):
     return (x * weights.unsqueeze(2)).sum(1) / weights.sum(-1).unsqueeze(-1).clamp(min=1)
 
 
+def counted_in_integers(m, x, mask):
+    return (mask[:, :, None] * x).sum(1) / mask.sum(1).clamp(min=1)[:, None].to(x.dtype)
+
+
 def test_as_in_sentence_transformers() -> None:
     run(PASS, program(sentence_transformers), X, MASK).becomes(
         before="""
@@ -51,7 +55,7 @@ def test_as_in_sentence_transformers() -> None:
 
 
 def test_other_spellings() -> None:
-    for spelling in (a_column, counted_apart, counted_apart_in_float):
+    for spelling in (a_column, counted_apart, counted_apart_in_float, counted_in_integers):
         ran = run(PASS, program(spelling), X, MASK)
         ran.counts(masked_mean_pool=1, sum=0, mul=0, div=0, unsqueeze=0)
 
