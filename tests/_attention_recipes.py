@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tests._builder import HEAD, HEADS, SEQ, WIDTH, B, Builder, product
+from tests._builder import HEAD, HEADS, WIDTH, B, Builder, S, product
 
 
 def attention(p: Builder) -> None:
-    x = p.pick(B, SEQ, WIDTH)
+    x = p.pick(B, p.seq, WIDTH)
     if x is None:
         return
-    y = p.pick(B, SEQ, WIDTH) if p.draw(st.booleans()) else x
+    y = p.pick(B, p.seq, WIDTH) if p.draw(st.booleans()) else x
     sources, bias = (x, y, y), p.draw(st.booleans())
-    if p.draw(st.booleans()):
+    heads = p.one_of("apart", "packed", "grouped")
+    if heads == "apart":
         q, k, v = (_heads(p, p.let(product(p, str(s), WIDTH, WIDTH, bias))) for s in sources)
+    elif heads == "grouped":
+        q = _heads(p, p.let(product(p, str(x), WIDTH, WIDTH, bias)))
+        k, v = (_one_head(p, p.let(product(p, str(y), WIDTH, HEAD, bias))) for _ in range(2))
     else:
         packed = p.let(product(p, str(x), WIDTH, 3 * WIDTH, bias))
         q, k, v = (_heads(p, p.let(f"{packed}.split({WIDTH}, dim=-1)[{i}]")) for i in range(3))
@@ -22,22 +26,32 @@ def attention(p: Builder) -> None:
         q, k = rotated(p, q, k)
     made = p.let(_sdpa(p, q, k, v) if p.draw(st.booleans()) else _spelled(p, q, k, v))
     back = p.one_of(f"{made}.transpose(1, 2)", f"{made}.permute(0, 2, 1, 3).contiguous()")
-    merged = p.one_of(f"{back}.reshape({x}.shape[0], {SEQ}, {WIDTH})", f"{back}.flatten(2)")
-    p.emit(product(p, p.let(merged), WIDTH, WIDTH, bias), (B, SEQ, WIDTH))
+    merged = p.one_of(f"{back}.reshape({x}.shape[0], {p.length}, {WIDTH})", f"{back}.flatten(2)")
+    p.emit(product(p, p.let(merged), WIDTH, WIDTH, bias), (B, p.seq, WIDTH))
 
 
 def _heads(p: Builder, x: str) -> str:
     split = p.one_of(
-        f"{x}.view({x}.shape[0], {SEQ}, {HEADS}, {HEAD})",
-        f"{x}.reshape(-1, {SEQ}, {HEADS}, {HEAD})",
+        f"{x}.view({x}.shape[0], {p.length}, {HEADS}, {HEAD})",
+        f"{x}.reshape(-1, {p.length}, {HEADS}, {HEAD})",
         f"{x}.unflatten(-1, ({HEADS}, {HEAD}))",
     )
     return p.let(p.one_of(f"{split}.transpose(1, 2)", f"{split}.permute(0, 2, 1, 3)"))
 
 
+def _one_head(p: Builder, x: str) -> str:
+    """One head of keys or values for all heads of queries."""
+    one = p.let(f"{x}.view({x}.shape[0], {p.length}, 1, {HEAD}).transpose(1, 2)")
+    grouped = f"{one}[:, :, None].expand(-1, -1, {HEADS}, -1, -1)"
+    repeated = f"{grouped}.reshape({x}.shape[0], {HEADS}, {p.length}, {HEAD})"
+    return p.let(
+        p.one_of(repeated, f"{one}.expand(-1, {HEADS}, -1, -1)", f"{one}.repeat_interleave({HEADS}, 1)")
+    )
+
+
 def rotated(p: Builder, q: str, k: str) -> tuple[str, str]:
     """Rotary positions, halves or neighbours in pairs."""
-    angle = p.buffer(f"torch.outer(torch.arange({SEQ}), torch.tensor([1.0, 0.1])).to(DTYPE)")
+    angle = p.constant(f"torch.outer(torch.arange({p.length}), torch.tensor([1.0, 0.1])).to(DTYPE)")
     if p.draw(st.booleans()):
         table = p.let(f"torch.cat([{angle}, {angle}], -1)")
         cos, sin = p.let(f"{table}.cos()"), p.let(f"{table}.sin()")
@@ -59,11 +73,12 @@ def rotated(p: Builder, q: str, k: str) -> tuple[str, str]:
     return turn(q), turn(k)
 
 
-_CAUSAL = f"torch.ones({SEQ}, {SEQ}, dtype=torch.bool).tril()"
+def _causal(p: Builder) -> str:
+    return p.constant(f"torch.ones({p.length}, {p.length}, dtype=torch.bool).tril()")
 
 
 def _key_mask(p: Builder) -> str | None:
-    mask = p.pick(B, SEQ, kind="bool")
+    mask = p.pick(B, p.seq, kind="bool")
     return f"{mask}[:, None, None, :]" if mask is not None and p.draw(st.booleans()) else None
 
 
@@ -72,7 +87,7 @@ def _sdpa(p: Builder, q: str, k: str, v: str) -> str:
     extra = p.one_of("", ", is_causal=True", ", scale=0.3")
     if mask is not None:
         floating = f"torch.where({mask}, 0.0, torch.finfo(DTYPE).min).to(DTYPE)"
-        extra = p.one_of(f", {mask}", f", attn_mask={floating}", f", {mask} & {p.buffer(_CAUSAL)}")
+        extra = p.one_of(f", {mask}", f", attn_mask={floating}", f", {mask} & {_causal(p)}")
     return f"F.scaled_dot_product_attention({q}, {k}, {v}{extra})"
 
 
@@ -85,13 +100,17 @@ def _spelled(p: Builder, q: str, k: str, v: str) -> str:
         q, k = p.let(f"{q} * 0.7"), p.let(f"{k} / 1.4")
     flat = p.draw(st.booleans())
     if flat:
-        q, k, v = (p.let(f"{t}.reshape(-1, {SEQ}, {HEAD})") for t in (q, k, v))
+        q, k, v = (p.let(f"{t}.reshape(-1, {p.length}, {HEAD})") for t in (q, k, v))
     scored = p.one_of(f"torch.matmul({q}, {k}.transpose(-1, -2))", f"{q} @ {k}.mT")
     if not flat:
         scored = p.one_of(scored, f'torch.einsum("bhqd,bhkd->bhqk", {q}, {k})')
     else:
         scored = p.one_of(scored, f"torch.bmm({q}, {k}.transpose(1, 2))")
     scores = p.let({"times": f"({scored}) * 0.5", "over": f"({scored}) / 2.0"}.get(scale, scored))
+    if p.one_of(True, False, False):
+        scores = p.let(f"torch.tanh({scores} / 5.0) * 5.0")
+    if p.seq != S and not flat and p.one_of(True, False, False):
+        scores = p.let(f"{scores} + {p.weight(HEADS, p.seq, p.seq)}")
     scores = _masked(p, scores, None if flat else _key_mask(p))
     shares = p.let(
         p.one_of(
@@ -102,7 +121,7 @@ def _spelled(p: Builder, q: str, k: str, v: str) -> str:
         )
     )
     made = p.one_of(f"torch.matmul({shares}, {v})", f"{shares} @ {v}")
-    return f"({made}).view(-1, {HEADS}, {SEQ}, {HEAD})" if flat else f"({made})"
+    return f"({made}).view(-1, {HEADS}, {p.length}, {HEAD})" if flat else f"({made})"
 
 
 def _masked(p: Builder, scores: str, mask: str | None) -> str:
@@ -116,12 +135,12 @@ def _masked(p: Builder, scores: str, mask: str | None) -> str:
             )
         )
     if p.draw(st.booleans()):
-        causal = p.buffer(_CAUSAL)
+        causal = _causal(p)
         scores = p.let(
             p.one_of(
                 f"{scores}.masked_fill(~{causal}, {low})",
                 f"torch.where({causal}, {scores}, torch.full((), {low}, dtype=DTYPE))",
-                f"{scores} + torch.zeros({SEQ}, {SEQ}, dtype=DTYPE).masked_fill(~{causal}, {low})",
+                f"{scores} + torch.zeros({p.length}, {p.length}, dtype=DTYPE).masked_fill(~{causal}, {low})",
             )
         )
     return scores

@@ -1,6 +1,7 @@
 """A random program while it is drawn: values that fit, statements, weights.
 
-Sizes are small and differ, so that no two agree by accident; ``B`` is the batch, which may be dynamic.
+Sizes are small and differ, so that no two agree by accident; ``B`` is the batch and ``S`` the length
+of a sequence, where they may be dynamic.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-B, SEQ, WIDTH, HEADS, HEAD = "B", 5, 8, 2, 4
+B, S, SEQ, WIDTH, HEADS, HEAD = "B", "S", 5, 8, 2, 4
 Dims = tuple[Any, ...]
 
 
@@ -34,6 +35,8 @@ class Builder:
 
     draw: Callable[..., Any]
     zeros: bool
+    seq: Any  # the length of sequences in dims: a number, or S where it is dynamic
+    length: str  # and as text
     values: list[Value] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
@@ -77,8 +80,10 @@ class Builder:
         self.weights.append(line)
         return f"self.{name}"
 
-    def buffer(self, expression: str) -> str:
-        """A constant."""
+    def constant(self, expression: str) -> str:
+        """A buffer; where the sizes of sequences are dynamic, a statement."""
+        if self.seq == S:
+            return self.let(expression)
         name = f"w{len(self.weights)}"
         self.weights.append(f'self.register_buffer("{name}", {expression})')
         return f"self.{name}"

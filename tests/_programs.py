@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests._builder import SEQ, WIDTH, B, Builder, Value
+from tests._builder import SEQ, WIDTH, B, Builder, Dims, S, Value
 from tests._recipes import RECIPES
 
 _SOURCE = '''\
@@ -40,7 +40,7 @@ class Program(nn.Module):
         return {returned}
 
 
-def inputs(batch, seed):
+def inputs(batch, seq, seed):
     draw = torch.Generator().manual_seed(seed)
 {inputs}
     return {arguments}
@@ -49,12 +49,16 @@ def inputs(batch, seed):
 DYNAMIC = {dynamic}
 '''
 _INPUTS = {
-    "x": ((B, SEQ, WIDTH), "float", "torch.randn(batch, 5, 8, generator=draw).to(DTYPE)"),
-    "y": ((B, SEQ, WIDTH), "float", "torch.randn(batch, 5, 8, generator=draw).to(DTYPE)"),
+    "x": ((B, S, WIDTH), "float", "torch.randn(batch, seq, 8, generator=draw).to(DTYPE)"),
+    "y": ((B, S, WIDTH), "float", "torch.randn(batch, seq, 8, generator=draw).to(DTYPE)"),
     "image": ((B, 4, 6, 6), "float", "torch.randn(batch, 4, 6, 6, generator=draw).to(DTYPE)"),
-    "ids": ((B, SEQ), "int", "torch.randint(0, 7, (batch, 5), generator=draw)"),
-    "mask": ((B, SEQ), "bool", "torch.arange(5)[None] < torch.randint(1, 6, (batch, 1), generator=draw)"),
-    "keep": ((B, SEQ), "bool", "torch.rand(batch, 5, generator=draw) > 0.4"),
+    "ids": ((B, S), "int", "torch.randint(0, 7, (batch, seq), generator=draw)"),
+    "mask": (
+        (B, S),
+        "bool",
+        "torch.arange(seq) < torch.randint(1, seq + 1, (batch, 1), generator=draw)",
+    ),
+    "keep": ((B, S), "bool", "torch.rand(batch, seq, generator=draw) > 0.4"),
 }
 
 
@@ -63,19 +67,20 @@ _HARMLESS, _SPECIAL = ("", "", "zeros"), ("nan", "inf", "-inf")
 
 @st.composite
 def programs(draw: Any) -> str:
-    """The source of a program: a module with a class ``Program``, ``inputs(batch, seed)`` and ``DYNAMIC``."""
+    """The source of a module with a class ``Program``, ``inputs(batch, seq, seed)`` and ``DYNAMIC``."""
     dtype = draw(st.sampled_from(("float32", "float32", "float32", "float64", "bfloat16")))
     special = draw(st.sampled_from(_HARMLESS * 4 + _SPECIAL))
     taken = ["x", *(name for name in _INPUTS if name != "x" and draw(st.booleans()))]
-    p = Builder(draw, zeros=special == "zeros")
-    p.values = [Value(name, *_INPUTS[name][:2]) for name in taken]
+    dynamic = draw(st.sampled_from(((), (), (), ("batch",), ("batch", "seq"))))
+    seq, length = (S, "x.shape[1]") if "seq" in dynamic else (SEQ, str(SEQ))
+    p = Builder(draw, special == "zeros", seq, length)
+    p.values = [Value(name, _sizes(_INPUTS[name][0], seq), _INPUTS[name][1]) for name in taken]
     for recipe in draw(st.lists(st.sampled_from(RECIPES), min_size=2, max_size=9)):
         recipe(p)
     made = ["        " + line for weight in p.weights for line in weight.splitlines()]
     given = [f"    {name} = {_INPUTS[name][2]}" for name in taken]
     if special in _SPECIAL:
         given.append(f'    x[0, 1, 2] = float("{special}")')
-    dynamic = {name: {0: "batch"} for name in taken} if draw(st.integers(0, 3)) == 0 else None
     return _SOURCE.format(
         dtype=dtype,
         seed=draw(st.integers(0, 3)),
@@ -85,8 +90,17 @@ def programs(draw: Any) -> str:
         returned=_returned(draw, p),
         inputs="\n".join(given),
         arguments=f"({', '.join(taken)},)",
-        dynamic=dynamic,
+        dynamic={name: _named(_INPUTS[name][0], dynamic) for name in taken} if dynamic else None,
     )
+
+
+def _sizes(dims: Dims, seq: Any) -> Dims:
+    return tuple(seq if size == S else size for size in dims)
+
+
+def _named(dims: Dims, dynamic: tuple[str, ...]) -> dict[int, str]:
+    names = {B: "batch", S: "seq"}
+    return {place: names[size] for place, size in enumerate(dims) if names.get(size) in dynamic}
 
 
 def _returned(draw: Any, p: Builder) -> str:

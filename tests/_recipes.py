@@ -8,14 +8,23 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests._attention_recipes import attention
-from tests._builder import SEQ, WIDTH, B, Builder, product
+from tests._builder import WIDTH, B, Builder, Dims, Value, product
 
 # Products
 
 
+def _fixed(x: Value) -> bool:
+    """The last dimension is a number."""
+    return bool(x.dims) and isinstance(x.dims[-1], int)
+
+
+def _all_fixed(dims: Dims) -> bool:
+    return all(isinstance(size, int) for size in dims)
+
+
 def linear(p: Builder) -> None:
     x = p.pick()
-    if x is None or not x.dims or x.dims[-1] == B:
+    if x is None or not _fixed(x):
         return
     after = p.one_of(WIDTH, WIDTH, 6)
     text = product(p, x.name, x.dims[-1], after, p.draw(st.booleans()))
@@ -23,42 +32,42 @@ def linear(p: Builder) -> None:
 
 
 def flat_linear(p: Builder) -> None:
-    x = p.pick(B, SEQ, None)
-    if x is not None:
+    x = p.pick(B, p.seq, None)
+    if x is not None and _fixed(x):
         flat = p.let(f"{x}.reshape(-1, {x.dims[-1]})")
         w, b = p.weight(x.dims[-1], WIDTH), p.weight(WIDTH)
         made = p.let(p.one_of(f"torch.addmm({b}, {flat}, {w})", f"torch.mm({flat}, {w}) + {b}"))
-        p.emit(f"{made}.view({x}.shape[0], {SEQ}, {WIDTH})", (B, SEQ, WIDTH))
+        p.emit(f"{made}.view({x}.shape[0], {p.length}, {WIDTH})", (B, p.seq, WIDTH))
 
 
 def parallel_linears(p: Builder) -> None:
-    x = p.pick(B, SEQ, None)
-    if x is not None:
+    x = p.pick(B, p.seq, None)
+    if x is not None and _fixed(x):
         for _ in range(p.one_of(2, 3)):
             after = p.one_of(WIDTH, 4)
             text = product(p, x.name, x.dims[-1], after, p.draw(st.booleans()))
-            p.emit(text, (B, SEQ, after))
+            p.emit(text, (B, p.seq, after))
 
 
 def matmul(p: Builder) -> None:
-    x = p.pick(B, SEQ, None)
-    y = p.pick(B, SEQ, x.dims[-1]) if x is not None else None
+    x = p.pick(B, p.seq, None)
+    y = p.pick(B, p.seq, x.dims[-1]) if x is not None else None
     if x is not None and y is not None:
         text = p.one_of(
             f"torch.bmm({x}, {y}.transpose(1, 2))", f"{x} @ {y}.mT", f'torch.einsum("bid,bjd->bij", {x}, {y})'
         )
-        p.emit(text, (B, SEQ, SEQ))
+        p.emit(text, (B, p.seq, p.seq))
 
 
 def residual(p: Builder) -> None:
-    x = p.pick(B, SEQ, WIDTH)
+    x = p.pick(B, p.seq, WIDTH)
     if x is not None:
         made = p.let(product(p, x.name, WIDTH, WIDTH, True))
         p.emit(p.one_of(f"{x} + {made}", f"{made} + {x}", f"torch.add({made}, {x})"), x.dims)
 
 
 def gated_mlp(p: Builder) -> None:
-    x = p.pick(B, SEQ, WIDTH)
+    x = p.pick(B, p.seq, WIDTH)
     if x is None:
         return
     bias, act = p.draw(st.booleans()), p.one_of("F.silu", "F.gelu", "F.relu", "torch.sigmoid")
@@ -76,7 +85,7 @@ def gated_mlp(p: Builder) -> None:
 
 def norm(p: Builder) -> None:
     x = p.pick()
-    if x is None or not x.dims or x.dims[-1] in (B, 1):
+    if x is None or not _fixed(x) or x.dims[-1] == 1:
         return
     d = x.dims[-1]
     w, b = p.weight(d), p.weight(d)
@@ -97,7 +106,7 @@ def norm(p: Builder) -> None:
 
 
 def residual_norm(p: Builder) -> None:
-    x, y = p.pick(B, SEQ, WIDTH), p.pick(B, SEQ, WIDTH)
+    x, y = p.pick(B, p.seq, WIDTH), p.pick(B, p.seq, WIDTH)
     if x is not None and y is not None:
         total = p.emit(f"{x} + {y}", x.dims)
         w, b = p.weight(WIDTH), p.weight(WIDTH)
@@ -184,7 +193,7 @@ def binary(p: Builder) -> None:
     if x is None or not x.dims:
         return
     y: Any = p.pick(*x.dims)
-    if x.dims[-1] != B and p.draw(st.booleans()):
+    if _fixed(x) and p.draw(st.booleans()):
         y = p.weight(x.dims[-1])
     text = p.one_of(
         f"{x} + {y}",
@@ -213,7 +222,7 @@ def view(p: Builder) -> None:
         (f"torch.flip({x}, (-1,))", d),
         (f"{x}.roll(1, -2)", d),
     ]
-    if d[-1] not in (B, 1):
+    if _fixed(x) and d[-1] != 1:
         choices += [
             (f"{x}[..., 1:]", (*d[:-1], d[-1] - 1)),
             (f"{x}[..., ::2]", (*d[:-1], (d[-1] + 1) // 2)),
@@ -228,7 +237,7 @@ def view(p: Builder) -> None:
                 (f"torch.cat({x}.chunk(2, dim=-1)[::-1], dim=-1)", d),
                 (f"{x}.split({half}, dim=-1)[1]", (*d[:-1], half)),
             ]
-    if len(d) > 2 and B not in d[1:]:
+    if len(d) > 2 and _all_fixed(d[1:]):
         size = d[1] * d[2]
         choices += [
             (f"{x}.flatten(1, 2)", (d[0], size, *d[3:])),
@@ -245,7 +254,7 @@ def view(p: Builder) -> None:
 
 def reduction(p: Builder) -> None:
     x = p.pick()
-    if x is not None and len(x.dims) > 1 and x.dims[-1] != B:
+    if x is not None and len(x.dims) > 1 and _fixed(x):
         kept = (*x.dims[:-1], 1)
         text, dims = p.one_of(
             (f"{x}.mean(-1, keepdim=True)", kept),
@@ -275,7 +284,7 @@ def repeat(p: Builder) -> None:
 
 def convolution(p: Builder) -> None:
     x = p.pick(B, None, None, None)
-    if x is None or B in x.dims[1:] or x.dims[2] < 3 or x.dims[3] < 3:
+    if x is None or not _all_fixed(x.dims[1:]) or min(x.dims[2:]) < 3:
         return
     after, groups = p.one_of((4, 1), (6, 1), (x.dims[1], x.dims[1]))
     size = p.one_of(1, 3)
@@ -301,7 +310,7 @@ def convolution(p: Builder) -> None:
 
 
 def lookup(p: Builder) -> None:
-    ids = p.pick(B, SEQ, kind="int")
+    ids = p.pick(B, p.seq, kind="int")
     if ids is None:
         return
     words, places = p.weight(7, WIDTH), p.weight(9, WIDTH)
@@ -310,33 +319,33 @@ def lookup(p: Builder) -> None:
         text,
         f"{text} * 8**0.5",
         f"{text} + F.embedding(torch.arange({ids}.shape[1]), {places})",
-        f"F.layer_norm({text} + {places}[:{SEQ}], ({WIDTH},), {p.weight(WIDTH)}, {p.weight(WIDTH)})",
+        f"F.layer_norm({text} + {places}[:{p.length}], ({WIDTH},), {p.weight(WIDTH)}, {p.weight(WIDTH)})",
     )
-    p.emit(text, (B, SEQ, WIDTH))
+    p.emit(text, (B, p.seq, WIDTH))
 
 
 def integer(p: Builder) -> None:
-    ids, mask = p.pick(B, SEQ, kind="int"), p.pick(B, SEQ, kind="bool")
+    ids, mask = p.pick(B, p.seq, kind="int"), p.pick(B, p.seq, kind="bool")
     if mask is not None:
         p.emit(
             p.one_of(f"{mask}.long().cumsum(-1)", f"{mask}.sum(-1, keepdim=True) - {mask}.long()"),
-            (B, SEQ),
+            (B, p.seq),
             "int",
         )
         p.emit(
             p.one_of(f"~{mask}", f"{mask} & {mask}", f"{mask} | ~{mask}", f"{mask}.long().bool()"),
-            (B, SEQ),
+            (B, p.seq),
             "bool",
         )
     if ids is not None:
         p.emit(
-            p.one_of(f"{ids} * 1", f"({ids} + 1) % 7", f"{ids} // 2", f"{ids}.clamp(0, 6)"), (B, SEQ), "int"
+            p.one_of(f"{ids} * 1", f"({ids} + 1) % 7", f"{ids} // 2", f"{ids}.clamp(0, 6)"), (B, p.seq), "int"
         )
-        p.emit(p.one_of(f"{ids} > 3", f"{ids} != 0", f"{ids} == {ids}"), (B, SEQ), "bool")
+        p.emit(p.one_of(f"{ids} > 3", f"{ids} != 0", f"{ids} == {ids}"), (B, p.seq), "bool")
 
 
 def masked(p: Builder) -> None:
-    x, mask = p.pick(B, SEQ, None), p.pick(B, SEQ, kind="bool")
+    x, mask = p.pick(B, p.seq, None), p.pick(B, p.seq, kind="bool")
     if x is None or mask is None:
         return
     each = f"{mask}.unsqueeze(-1)"
