@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ import torch.utils._pytree as pytree
 import graphopt.kernels  # noqa: F401  (registers the ops)
 from graphopt.capture.export import capture, from_program
 from graphopt.capture.inputs import Dynamic
+from graphopt.capture.outputs import Outputs, select
 from graphopt.compiler.compare import compare
-from graphopt.compiler.evaluate import outputs
+from graphopt.compiler.contract import own_outputs
+from graphopt.compiler.evaluate import outputs as evaluated
+from graphopt.compiler.lossy import Budget, LossyManager, Metric, relative_distance
 from graphopt.compiler.manager import Outcome, PassManager
-from graphopt.compiler.remarks import Remarks
+from graphopt.compiler.pass_ import Pass
+from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import InputError
 from graphopt.ir.graph import Graph
@@ -39,9 +44,12 @@ def optimize(
     target: str | Target = "auto",
     executors: Sequence[str] | None = None,
     dynamic: Dynamic = None,
+    outputs: Outputs = None,
     level: int = 2,
     enable: Iterable[str] = (),
     disable: Collection[str] = (),
+    max_loss: float | None = None,
+    metric: Metric | None = None,
     effort: str = "measured",
     on_mismatch: OnMismatch = "error",
     progress: Progress | None = None,
@@ -55,9 +63,16 @@ def optimize(
         target: ``"auto"`` (where the model is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a Target.
         executors: names in order of preference; they then run the model, whatever is faster. None measures.
         dynamic: True, or names of dynamic dimensions: ``{"input_ids": {0: "batch", 1: "seq"}}``.
+        outputs: keep only these: names, or names with ``"last"`` for the last position alone:
+            ``{"logits": "last"}``. What is not kept is None in the output, and what only it needs is not
+            computed.
         level: 0 rewrites nothing, 2 is the default, 3 adds what is rarely worth its time.
-        enable: passes to run although their level is higher, by exact name.
+        enable: passes to run although their level is higher, by exact name; those that lose something run
+            only so, and only with ``max_loss``.
         disable: passes to leave out, by exact name.
+        max_loss: the most that lossy passes may lose on the example inputs, as ``metric`` has it.
+        metric: called with the original's flat outputs and the rewritten model's, returns the loss; the
+            largest relative distance in the 2-norm by default.
         effort: ``"measured"`` times the candidates on the example inputs; ``"fast"`` takes the first that is
             right.
         on_mismatch: what a call with other dtypes, ranks, devices or sizes does: ``"error"``, or
@@ -89,6 +104,7 @@ def optimize(
         )
     clock = _Clock(progress)
     passes = pipeline(level, enable, disable)
+    budget = _budget(passes, max_loss, metric)
     with clock.stage("capture", 0.0):
         if isinstance(model, torch.nn.Module):
             captured, original = capture(model, args, kwargs, dynamic=dynamic), model
@@ -96,28 +112,71 @@ def optimize(
         else:
             captured, original, example = from_program(model), model.module(), model.example_inputs
         inputs = _tensors(captured, example)
+        ops_before = captured.op_counts()
+        selection = select(captured, outputs)
     where = Target.of(target, _home(original, inputs))
     remarks = Remarks()
     with clock.stage("rewrite", 0.2):
-        graph = captured.clone()
-        manager = PassManager(passes, remarks, where.limits, on_pass=clock.within(0.2, 0.4))
-        outcome = manager.run(graph, inputs)
+        base, lossy = _within(budget, captured, passes, inputs, remarks)
+        manager = PassManager(
+            [rule for rule in passes if rule.exact], remarks, where.limits, on_pass=clock.within(0.2, 0.4)
+        )
+        outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
-        reference = outputs(captured, inputs, float64=True)
-        before = outputs(captured, inputs)
-        outcome = _verified(outcome, captured, inputs, (before, reference), manager)
+        reference, before = evaluated(base, inputs, float64=True), evaluated(base, inputs)
+        outcome = _verified(outcome, base, inputs, (before, reference), manager)
+        own_outputs(outcome.graph, captured, remarks)
     with clock.stage("lower", 0.5):
-        candidates = plan_candidates(captured, outcome.graph, executors, where, remarks)
+        candidates = plan_candidates(base, outcome.graph, executors, where, remarks)
     with clock.stage("measure", 0.8):
         chosen = choose(candidates, inputs, (before, reference), where, remarks, timed=effort == "measured")
+    outcome.rewrites[:0] = lossy.rewrites
     report = _report(original, captured, outcome, remarks, chosen, clock)
+    report.ops_before, report.loss = ops_before, lossy.loss
     assert chosen.best.plan is not None
-    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch)
+    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         raise InputError(f"{name}={given!r} is unknown", hint=f"one of: {', '.join(known)}")
+
+
+def _budget(passes: Sequence[Pass], max_loss: float | None, metric: Metric | None) -> Budget | None:
+    """What lossy passes may lose; None when none of them runs."""
+    lossy = [rule.name for rule in passes if not rule.exact]
+    if lossy and max_loss is None:
+        raise InputError(
+            f"{', '.join(lossy)} may change the results, and max_loss does not say by how much",
+            hint="max_loss=0.01 allows a relative distance of 1 % on the example inputs",
+        )
+    if max_loss is None or not lossy:
+        return None
+    if not max_loss >= 0:
+        raise InputError(f"max_loss={max_loss} is no loss", hint="0 or above")
+    return Budget(float(max_loss), metric or relative_distance)
+
+
+@dataclass(frozen=True)
+class _Lossy:
+    rewrites: list[Rewrite]
+    loss: float | None
+
+
+def _within(
+    budget: Budget | None,
+    captured: Graph,
+    passes: Sequence[Pass],
+    inputs: Sequence[torch.Tensor],
+    remarks: Remarks,
+) -> tuple[Graph, _Lossy]:
+    """The graph that everything below is compared with: as captured, but for what lossy passes took away."""
+    if budget is None:
+        return captured, _Lossy([], None)
+    base = captured.clone()
+    manager = LossyManager([rule for rule in passes if not rule.exact], remarks, budget)
+    outcome, loss = manager.run(base, inputs)
+    return base, _Lossy(outcome.rewrites, loss)
 
 
 def _verified(
@@ -134,7 +193,7 @@ def _verified(
             manager.remarks.add("analysis", "verify", None, "the whole differs: every site is verified again")
             manager.share = False
             attempt = manager.run(captured.clone(), inputs)
-        after = outputs(attempt.graph, inputs)
+        after = evaluated(attempt.graph, inputs)
         found = compare(before, after, reference, MODEL_FLOOR_ULPS)
         if found.ok:
             return attempt

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from graphopt.capture.outputs import Selection
 from graphopt.errors import GraphoptError, InputError
 from graphopt.ir.graph import Graph
 from graphopt.observe.report import Report
@@ -28,6 +29,7 @@ class OptimizedModel(torch.nn.Module):
         report: what was done, measured and remarked.
         original: the model that went in.
         on_mismatch: what a call that does not fit does: raise, or run the original.
+        selection: which of the original's outputs are kept; None is all.
 
     Attributes:
         plan: what runs.
@@ -42,6 +44,7 @@ class OptimizedModel(torch.nn.Module):
         report: Report,
         original: torch.nn.Module,
         on_mismatch: OnMismatch = "error",
+        selection: Selection | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -50,6 +53,7 @@ class OptimizedModel(torch.nn.Module):
         self._calling = CallingConvention(graph, original.forward)
         # in a tuple, so that the original is no submodule: its parameters are not this module's
         self._fallback = (original,) if on_mismatch == "fallback" else ()
+        self._selection = selection
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +76,8 @@ class OptimizedModel(torch.nn.Module):
                 raise
             self.fallbacks += 1
             with torch.no_grad():
-                return self._fallback[0](*args, **kwargs)
+                whole = self._fallback[0](*args, **kwargs)
+            return whole if self._selection is None else self._selection.apply(whole)
         return self._calling.unflatten(scheduler.run(self.plan, tensors))
 
     def train(self, mode: bool = True) -> OptimizedModel:

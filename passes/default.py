@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from graphopt.compiler.pass_ import Pass, find
+from graphopt.compiler.pass_ import Pass, find, users_passes
 from graphopt.passes import (
     fold_attention_mask,
     fold_constants,
@@ -74,21 +74,30 @@ PIPELINE: tuple[Entry, ...] = (
 
 
 def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str] = ()) -> list[Pass]:
-    """The passes that run.
+    """The passes that run, the user's own among them.
 
     Args:
         level: passes of this level and below run; 0 runs none but those enabled.
-        enable: exact names of passes to run although their level is higher, or although they have no place in
-            the pipeline; these run behind it.
+        enable: exact names of passes to run although their level is higher, although they are not exact, or
+            although they have no place in the pipeline; these run behind it.
         disable: exact names of passes to leave out.
 
     Raises:
         PassError: a name is unknown; near names are listed.
     """
+    rules = [entry.rule for entry in PIPELINE]
+    own = users_passes()
     wanted, unwanted = [find(name).name for name in enable], [find(name).name for name in disable]
-    listed = [entry.rule for entry in PIPELINE if entry.rule.level <= level or entry.rule.name in wanted]
-    placed = {entry.rule.name for entry in PIPELINE}
-    others = [find(name) for name in dict.fromkeys(wanted) if name not in placed]
-    last = [rule for rule in listed[-1:] if rule is remove_dead_code.PASS]  # clears up after all others
-    rules = [*listed[: len(listed) - len(last)], *others, *last]
-    return [rule for rule in rules if rule.name not in unwanted]
+    placed = {rule.name for rule in (*rules, *own)}
+    for rule in (*own, *(find(name) for name in dict.fromkeys(wanted) if name not in placed)):
+        rules.insert(_place(rules, rule), rule)
+    chosen = [rule for rule in rules if (rule.level <= level and rule.exact) or rule.name in wanted]
+    return [rule for rule in chosen if rule.name not in unwanted]
+
+
+def _place(rules: Sequence[Pass], rule: Pass) -> int:
+    """Where a pass that has no entry runs: behind the one it names, else last but for the clearing up."""
+    if rule.after is None:
+        return len(rules) - 1
+    after = find(rule.after)
+    return max((i + 1 for i, other in enumerate(rules) if other is after), default=len(rules) - 1)

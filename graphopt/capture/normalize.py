@@ -18,10 +18,11 @@ aten = torch.ops.aten
 def normalize(graph: Graph) -> None:
     """Rewrite a freshly captured graph to its normal form, in place.
 
-    The graph is functional: nobody can see whether a value is a view. So ``view``, ``_unsafe_view`` and
-    ``flatten`` are ``reshape``; ``clone``, ``alias``, ``lift_fresh_copy``, ``detach`` and ``contiguous`` are
-    the value itself; ``_to_copy`` is the cast it makes; inference batch norm is one op again; and export's
-    metadata assertions, which InputSpec checks at every call, are dropped.
+    The graph is functional: nobody inside can see whether a value is a view. So ``view``, ``_unsafe_view``
+    and ``flatten`` are ``reshape``; ``clone``, ``alias``, ``lift_fresh_copy``, ``detach`` and ``contiguous``
+    are the value itself (but for a ``clone`` that is returned, which the caller may write to); ``_to_copy``
+    is the cast it makes; inference batch norm is one op again; and export's metadata assertions, which
+    InputSpec checks at every call, are dropped.
     """
     for node in graph.calls:
         rule = None if node._erased else _RULES.get(node.target)
@@ -38,6 +39,11 @@ def _as_input(graph: Graph, node: fx.Node) -> None:
     source = node.args[0]
     node.replace_all_uses_with(source)  # type: ignore[arg-type]
     graph.fx.erase_node(node)
+
+
+def _as_input_inside(graph: Graph, node: fx.Node) -> None:
+    if graph.output not in node.users:
+        _as_input(graph, node)
 
 
 def _drop(graph: Graph, node: fx.Node) -> None:
@@ -76,7 +82,7 @@ def _as_batch_norm(graph: Graph, node: fx.Node) -> None:
 _RULES: dict[Any, Callable[[Graph, fx.Node], None]] = {
     aten.view.default: _as_reshape,
     aten._unsafe_view.default: _as_reshape,
-    aten.clone.default: _as_input,
+    aten.clone.default: _as_input_inside,
     aten.alias.default: _as_input,
     aten.contiguous.default: _as_input,
     aten.detach.default: _as_input,

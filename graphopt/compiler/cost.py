@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from graphopt.compiler.device import Limits
 from graphopt.compiler.evaluate import concrete
-from graphopt.ir.graph import is_getitem, tensor_bytes, value
+from graphopt.ir.graph import Graph, is_getitem, tensor_bytes, value
 from graphopt.ir.op import Cost, op_of
 
 aten = torch.ops.aten
@@ -116,6 +117,33 @@ def _einsum_flops(equation: str, operands: list[torch.Tensor]) -> float:
     return 2.0 * math.prod(sizes.values())
 
 
-def milliseconds(cost: Cost, limits: Limits) -> float:
-    """The roofline: the longer of computing and moving, in milliseconds."""
-    return 1e3 * max(cost.flops / limits.flops_per_s, cost.bytes / limits.bytes_per_s)
+def region_cost(nodes: Iterable[fx.Node], root: fx.Node, *, fused: bool) -> Cost:
+    """What a region costs that one kernel in its place would not.
+
+    Args:
+        nodes: of the region.
+        root: its last node, whose value has to be written in any case.
+        fused: the region's arithmetic stays and only its inner values are no longer written and read;
+            otherwise its arithmetic goes too.
+    """
+    inside = [node for node in nodes if node is not root]
+    moved = 2.0 * sum(tensor_bytes(n.meta.get("val")) for n in inside if node_cost(n).bytes)
+    return Cost(0.0 if fused else sum(node_cost(node).flops for node in inside), moved)
+
+
+def milliseconds(cost: Cost, limits: Limits, dtype: torch.dtype = torch.float32) -> float:
+    """The roofline: the longer of computing (in that dtype) and moving, in milliseconds."""
+    return 1e3 * max(cost.flops / limits.flops_in(dtype), cost.bytes / limits.bytes_per_s)
+
+
+def node_dtype(node: fx.Node) -> torch.dtype:
+    """The dtype that a node computes in: of its first floating result, float32 where it has none."""
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf.dtype
+    return torch.float32
+
+
+def graph_milliseconds(graph: Graph, limits: Limits) -> float:
+    """The roofline of a whole graph, its calls one after the other, in milliseconds."""
+    return sum(milliseconds(node_cost(node), limits, node_dtype(node)) for node in graph.calls)

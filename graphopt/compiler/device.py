@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from graphopt.errors import TargetError
 
 
 @dataclass(frozen=True)
@@ -16,24 +19,81 @@ class Limits:
 
     Args:
         name: of the device.
-        flops_per_s: of a large matrix product in the model's dtype.
+        flops_per_s: of a large matrix product in float32.
         bytes_per_s: of a large copy, read and written bytes counted.
+        by_dtype: FLOPs a second of a large matrix product in other dtypes; those that are missing run as
+            float32 does.
     """
 
     name: str
     flops_per_s: float
     bytes_per_s: float
+    by_dtype: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
+
+    def flops_in(self, dtype: torch.dtype) -> float:
+        """FLOPs a second in a dtype."""
+        return self.by_dtype.get(dtype, self.flops_per_s)
+
+
+def _gpu(name: str, float32: float, half: float, float8: float, gigabytes: float) -> Limits:
+    dtypes = {torch.float16: half, torch.bfloat16: half}
+    if float8:
+        dtypes |= {torch.float8_e4m3fn: float8, torch.float8_e5m2: float8}
+    return Limits(name, float32 * 1e12, gigabytes * 1e9, {key: rate * 1e12 for key, rate in dtypes.items()})
+
+
+# TFLOP/s in float32 (no TF32, as in PyTorch by default), in float16 and bfloat16, in float8, and GB/s, all
+# dense, from NVIDIA's datasheets of the SXM modules (L4: PCIe).
+GPUS: Mapping[str, Limits] = {
+    "h100": _gpu("h100", 67.0, 989.4, 1978.9, 3350.0),
+    "h200": _gpu("h200", 67.0, 989.4, 1978.9, 4800.0),
+    "a100": _gpu("a100", 19.5, 312.0, 0.0, 2039.0),
+    "l4": _gpu("l4", 30.3, 121.0, 242.0, 300.0),
+}
+
+
+def gpu_limits(name: str) -> Limits:
+    """The ceilings of a GPU, by the name of its model (``"h100"``) or as CUDA tells it.
+
+    Raises:
+        TargetError: the table has no such GPU; near names are listed.
+    """
+    words = name.lower().replace("-", " ").replace("_", " ").split()
+    for word in words:
+        if word in GPUS:
+            return GPUS[word]
+    near = difflib.get_close_matches(name.lower(), GPUS, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise TargetError(f"no limits are known of {name!r}", hint=f"{hint}the table has: {', '.join(GPUS)}")
+
+
+def device_limits(device: torch.device) -> Limits:
+    """The ceilings of a device that is there: of the CPU measured, of a GPU by its name.
+
+    A GPU that the table does not have is taken for an L4, the slowest in it.
+    """
+    if device.type != "cuda":
+        return cpu_limits()
+    try:
+        return gpu_limits(torch.cuda.get_device_name(device))
+    except TargetError:
+        return GPUS["l4"]
 
 
 @functools.cache
 def cpu_limits() -> Limits:
-    """The ceilings of this machine's CPU in float32, measured once a process (about 0.1 s)."""
-    a = torch.randn(768, 768)
+    """The ceilings of this machine's CPU, measured once a process (about 0.2 s)."""
+    rates = {dtype: _product_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     big = torch.randn(8 * 2**20)
     out = torch.empty_like(big)
-    product = _best_seconds(lambda: torch.mm(a, a))
     copy = _best_seconds(lambda: out.copy_(big))
-    return Limits("cpu", 2.0 * 768**3 / product, 2.0 * big.numel() * big.element_size() / copy)
+    moved = 2.0 * big.numel() * big.element_size()
+    return Limits("cpu", rates.pop(torch.float32), moved / copy, rates)
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    a = torch.randn(768, 768).to(dtype)
+    return 2.0 * 768**3 / _best_seconds(lambda: torch.mm(a, a))
 
 
 def _best_seconds(run: Callable[[], object]) -> float:

@@ -1,11 +1,13 @@
-"""What a pass is, and the registry of passes."""
+"""What a pass is, and the registry of passes: graphopt's own, and the user's."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt.errors import PassError
 from graphopt.ir.graph import Graph
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["prune", "fold", "fuse"]
 Finder = Callable[[Graph], Iterable[Match]]
+ENTRY_POINTS = "graphopt.passes"  # the group under which an installed package offers its passes
 
 
 def always(match: Match) -> str | None:
@@ -37,7 +40,10 @@ class Pass:
         rewrite: builds the replacement with the ``Rewriter`` and says what it replaces.
         check: the reason why a match is refused, or None.
         level: the lowest optimization level at which it runs.
-        exact: only the order of additions may differ from the original.
+        exact: only the order of additions may differ from the original. A pass that is not exact runs only
+            when it is enabled by name and a loss is allowed.
+        opens: names of passes that find new work where this one did some: they run again, to a fixed point.
+        after: the pass behind which a user's pass runs; None is behind all others.
     """
 
     name: str
@@ -47,20 +53,33 @@ class Pass:
     check: Callable[[Match], str | None] = always
     level: int = 1
     exact: bool = True
+    opens: tuple[str, ...] = ()
+    after: str | None = None
 
-    def matches(self, graph: Graph, miss: NearMiss | None = None) -> Iterator[Match]:
-        """Every match, found while the graph is being rewritten: erased nodes are passed over."""
+    def matches(self, graph: Graph, on_miss: Callable[[NearMiss], None] | None = None) -> Iterator[Match]:
+        """Every match, found while the graph is being rewritten: erased nodes are passed over.
+
+        Args:
+            graph: the graph.
+            on_miss: called with each near miss: a place where at least half of the pattern fits.
+        """
         if not isinstance(self.pattern, Pattern):
             yield from self.pattern(graph)
             return
+        roots = self.pattern.roots
         for node in graph.calls:
-            if not node._erased:
-                found = self.pattern.match(graph, node, miss)
-                if found is not None:
-                    yield found
+            if node._erased or (roots is not None and node.target not in roots):
+                continue
+            miss = NearMiss()
+            found = self.pattern.match(graph, node, miss)
+            if found is not None:
+                yield found
+            elif on_miss is not None and 1 < len(miss.nodes) < self.pattern.size <= 2 * len(miss.nodes):
+                on_miss(miss)
 
 
 PASSES: dict[str, Pass] = {}
+_users: list[str] = []  # names of the passes that are not graphopt's own, in order of registration
 
 
 def register(rule: Pass) -> Pass:
@@ -73,6 +92,86 @@ def register(rule: Pass) -> Pass:
         raise PassError(f"pass {rule.name!r} is registered already")
     PASSES[rule.name] = rule
     return rule
+
+
+def custom_pass(
+    kind: Kind,
+    *,
+    name: str | None = None,
+    after: str | None = None,
+    level: int = 1,
+    exact: bool = True,
+    opens: tuple[str, ...] = (),
+) -> Callable[[type], Pass]:
+    """Register a pass of your own: a class of the same three functions, which becomes a ``Pass``.
+
+    It then runs in every ``optimize``, verified, reported and bisected like any other::
+
+        @custom_pass("fuse", after="fuse_linear")
+        class FuseScaledTanh:
+            pattern = Call(aten.mul.Tensor, Call(aten.tanh.default, Var("x")), 2.0)
+
+            def check(match): ...
+            def rewrite(rewriter, match): ...
+
+    A package offers its passes by an entry point of the group ``graphopt.passes`` that names the module.
+
+    Args:
+        kind: its family: ``"prune"``, ``"fold"`` or ``"fuse"``.
+        name: ``verb_object``; the class's name in snake case by default.
+        after: the pass behind which it runs; behind all others by default.
+        level: the lowest optimization level at which it runs.
+        exact: see ``Pass``.
+        opens: see ``Pass``.
+
+    Raises:
+        PassError: the class has no pattern or no rewrite, the name is taken, or ``after`` is unknown.
+    """
+
+    def decorate(described: type) -> Pass:
+        known = name or re.sub(r"(?<!^)(?=[A-Z])", "_", described.__name__).lower()
+        parts: dict[str, Any] = {part: getattr(described, part, None) for part in ("pattern", "rewrite")}
+        for part, given in parts.items():
+            if given is None:
+                raise PassError(f"pass {known!r} has no {part}", where=described.__qualname__)
+        check = getattr(described, "check", always)
+        rule = register(
+            Pass(known, kind, **parts, check=check, level=level, exact=exact, opens=opens, after=after)
+        )
+        _users.append(known)
+        return rule
+
+    return decorate
+
+
+def users_passes() -> list[Pass]:
+    """The passes that users registered, in that order; entry points are loaded first.
+
+    Raises:
+        PassError: an entry point cannot be loaded.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            raise PassError(
+                f"the passes of {point.value!r} cannot be loaded: {type(error).__name__}: {error}",
+                where=f"entry point {point.name!r} of group {ENTRY_POINTS!r}",
+                hint="mend or uninstall the package that offers them",
+            ) from error
+    return [PASSES[name] for name in _users]
+
+
+def forget(name: str) -> None:
+    """Take a user's pass out of the catalogue again.
+
+    Raises:
+        PassError: there is none of that name, or it is graphopt's own.
+    """
+    if find(name).name not in _users:
+        raise PassError(f"pass {name!r} is graphopt's own", hint=f"disable={name!r} leaves it out")
+    _users.remove(name)
+    del PASSES[name]
 
 
 def find(name: str) -> Pass:

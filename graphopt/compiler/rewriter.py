@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.ir import provenance
-from graphopt.ir.graph import Graph, same_shape
+from graphopt.ir.graph import Graph, same_shape, writes_in_place
 from graphopt.ir.pattern import Match
 
 
@@ -36,7 +36,8 @@ class Rewriter:
         """Stage a call; returns its node, whose ``meta["val"]`` is inferred.
 
         Raises:
-            PassError: an argument is a symbolic size that no node of the graph computes.
+            PassError: an argument is a symbolic size that no node of the graph computes, or the op writes to
+                its input.
         """
         given = [
             item for item in _flatten((args, kwargs)) if isinstance(item, (torch.SymInt, torch.SymFloat))
@@ -47,8 +48,10 @@ class Rewriter:
             )
         self._advance(item for item in _flatten((args, kwargs)) if isinstance(item, fx.Node))
         with self.graph.fx.inserting_after(self._anchor):
-            node = self.graph.call(target, args, kwargs, self._from)
-        return self._stage(node)
+            node = self._stage(self.graph.call(target, args, kwargs, self._from))
+        if writes_in_place(node):
+            raise PassError(f"{self.pass_name} called {target}, which writes to its input")
+        return node
 
     def constant(self, tensor: torch.Tensor, made_from: Iterable[fx.Node], how: str) -> fx.Node:
         """Stage a constant that is computed now, from other constants.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class Verifier:
         old, new = list(rewriter.replaced), list(rewriter.replaced.values())
         if not old:  # only dead nodes go
             return Comparison(0.0, 0.0, True)
-        sources = [node for node in _frontier(rewriter) if node.op != "get_attr"]
+        sources = [node for node in frontier(rewriter) if node.op != "get_attr"]
         real = self.activations.values(sources)
         varies = [_depends_on_values(node) for node in sources]
         worst = Comparison(0.0, 0.0, True)
@@ -69,7 +70,7 @@ class Verifier:
         return worst
 
 
-def _frontier(rewriter: Rewriter) -> list[fx.Node]:
+def frontier(rewriter: Rewriter) -> list[fx.Node]:
     """The values that the region is verified from: its inputs, or what lies behind them.
 
     A replacement may reach behind the matched nodes (around a transpose that it cancels). What lies between
@@ -80,23 +81,35 @@ def _frontier(rewriter: Rewriter) -> list[fx.Node]:
     staged = set(rewriter.staged)
     read = {source for node in rewriter.staged for source in node.all_input_nodes} - staged
     region.update(new for new in rewriter.replaced.values() if new not in staged | inputs)
-    behind = {node for node in read - inputs - region if node.op == "call_function"}
-    behind |= {node for node in read - inputs - region if node.op == "placeholder"}
-    depends = set(behind)
-    if behind:
-        node = min(behind).next
-        while node is not rewriter.match.root and node.op != "output":
-            if node not in staged and any(source in depends for source in node.all_input_nodes):
-                depends.add(node)
-            node = node.next
-    work = list(inputs)
-    while work:
-        node = work.pop()
-        if node in depends and node not in behind and node not in region:
-            region.add(node)
-            work.extend(node.all_input_nodes)
+    behind = {node for node in read - inputs - region if node.op in ("call_function", "placeholder")}
+    region |= _between(behind, inputs - region)
     reads = (source for node in sorted(region) for source in node.all_input_nodes)
     return list(dict.fromkeys([*(s for s in reads if s not in region), *sorted(behind)]))
+
+
+_NEAR = 256  # nodes: how far apart the two ends of a rewrite are looked for
+
+
+def _between(starts: set[fx.Node], ends: set[fx.Node]) -> set[fx.Node]:
+    """The nodes on ways from the starts to the ends, the ends included that depend on a start.
+
+    Only the nodes nearest to the ends are looked at. Missing a way is safe: the two ends are then varied
+    apart, and the rewrite does not pass.
+    """
+    if not starts:
+        return set()
+    found: dict[fx.Node, None] = dict.fromkeys(ends)
+    work = deque(ends)
+    while work and len(found) < _NEAR:
+        node = work.popleft()
+        new = [source for source in node.all_input_nodes if source not in found]
+        found.update(dict.fromkeys(new))
+        work.extend(source for source in new if source not in starts)
+    depends = set(starts)
+    for node in sorted(found):
+        if any(source in depends for source in node.all_input_nodes):
+            depends.add(node)
+    return depends - starts
 
 
 def _depends_on_values(node: fx.Node) -> bool:

@@ -62,6 +62,14 @@ class Constant:
     how: str = ""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph's nodes and constants as they were at one moment."""
+
+    nodes: fx.Graph
+    constants: dict[str, Constant]
+
+
 class Graph:
     """A captured model.
 
@@ -216,19 +224,35 @@ class Graph:
             delattr(self.module, name)
 
     def check(self) -> None:
-        """Raise ``RuntimeError`` unless the graph is well formed: order, users, a value on every node."""
+        """Raise ``RuntimeError`` unless the graph is well formed: order, users, values, no in-place op."""
         self.fx.lint()
         for node in self.calls:
             if "val" not in node.meta:
                 raise RuntimeError(f"node {node.name} has no value")
+            if writes_in_place(node):
+                raise RuntimeError(f"node {node.name} calls {node.target}, which writes to its input")
 
-    def clone(self) -> Graph:
-        """A copy whose nodes can be rewritten while this graph stays as it is; constants are shared."""
+    def snapshot(self) -> Snapshot:
+        """The nodes as they are now, to come back to; costs a copy of the nodes and no code generation."""
         values: dict[Node, Node] = {}
         copied = fx.Graph()
         copied.output(copied.graph_copy(self.fx, values))
         for old, new in values.items():
             new.meta = dict(old.meta)
+        return Snapshot(copied, dict(self.constants))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, which is used up; nodes known before are no longer this graph's."""
+        for name in self.constants.keys() - snapshot.constants.keys():
+            delattr(self.module, name)
+        for name in snapshot.constants.keys() - self.constants.keys():
+            self.module.register_buffer(name, snapshot.constants[name].tensor.detach(), persistent=False)
+        self.constants = dict(snapshot.constants)
+        self.module.graph = snapshot.nodes
+
+    def clone(self) -> Graph:
+        """A copy whose nodes can be rewritten while this graph stays as it is; constants are shared."""
+        copied = self.snapshot().nodes
         module = fx.GraphModule({name: c.tensor for name, c in self.constants.items()}, copied)
         return Graph(
             module,
@@ -252,6 +276,11 @@ def op_name(node: Node) -> str:
 def has_effect(node: Node) -> bool:
     """True when a node must stay although nobody reads its value."""
     return node.target in _EFFECTS
+
+
+def writes_in_place(node: Node) -> bool:
+    """True when a call changes one of its inputs, which a functional graph has no place for."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def is_symbolic(node: Node) -> bool:

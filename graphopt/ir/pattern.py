@@ -61,23 +61,42 @@ class Match:
 
 @dataclass
 class NearMiss:
-    """The furthest that a pattern got before it stopped."""
+    """The furthest that a pattern got before it stopped.
 
-    depth: int = 0
-    node: fx.Node | None = None
+    Args:
+        nodes: the calls that did match.
+        found: the node, or the literal, at which it stopped.
+        expected: what should have stood there, in words.
+    """
+
+    nodes: tuple[fx.Node, ...] = ()
+    found: Any = None
     expected: str = ""
 
-    def note(self, depth: int, node: Any, expected: str) -> None:
+    def note(self, nodes: tuple[fx.Node, ...], found: Any, expected: str) -> None:
         """Keep this failure if it lies deeper than what is kept."""
-        if depth > self.depth and isinstance(node, fx.Node):
-            self.depth, self.node, self.expected = depth, node, expected
+        if len(nodes) > len(self.nodes):
+            self.nodes, self.found, self.expected = nodes, found, expected
+
+    @property
+    def reason(self) -> str:
+        """The miss in words: the first node that does not fit, and what was expected there."""
+        found = describe(self.found) if isinstance(self.found, fx.Node) else repr(self.found)
+        return f"near miss: expected {self.expected} at {describe(self.nodes[-1])}, found {found}"
 
 
 _State = tuple[dict[str, Any], tuple[fx.Node, ...]]
 
 
 class Pattern:
-    """What a value must look like."""
+    """What a value must look like.
+
+    ``roots`` are the ops that its last call may have (None: any value will do), ``size`` is the number of
+    calls in its smallest spelling.
+    """
+
+    roots: frozenset[Any] | None = None
+    size: int = 0
 
     def walk(self, value: Any, state: _State, miss: NearMiss) -> Iterator[_State]:
         """Every way in which the value fits, each with the bindings and nodes collected so far."""
@@ -108,7 +127,7 @@ class Var(Pattern):
         """Bind the value unless the condition or an earlier binding forbids it."""
         bindings, nodes = state
         if self.where is not None and not self.where(value):
-            miss.note(len(nodes), value, self.expects)
+            miss.note(nodes, value, self.expects)
             return
         if not self.name:
             yield state
@@ -117,7 +136,7 @@ class Var(Pattern):
         elif _same(bindings[self.name], value):
             yield state
         else:
-            miss.note(len(nodes), value, f"the same value as {self.name}")
+            miss.note(nodes, value, f"the same value as {self.name}")
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -143,12 +162,14 @@ class Call(Pattern):
         self.name = name
         self.commutative = commutative
         self.kwargs = kwargs
+        self.roots = frozenset(self.targets)
+        self.size = 1 + sum(_size(wanted) for wanted in (*args, *kwargs.values()))
 
     def walk(self, value: Any, state: _State, miss: NearMiss) -> Iterator[_State]:
         """Match the target, then argument by argument, going back where an alternative is left."""
         bindings, nodes = state
         if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in self.targets:
-            miss.note(len(nodes), value, _target_name(self.targets[0]))
+            miss.note(nodes, value, " or ".join(_target_name(target) for target in self.targets))
             return
         if self.name:
             if bindings.get(self.name, value) is not value:
@@ -178,8 +199,18 @@ def _all(pairs: list[tuple[Any, Any]], state: _State, miss: NearMiss) -> Iterato
     elif isinstance(wanted, (list, tuple)) and any(isinstance(item, Pattern) for item in wanted):
         if isinstance(value, (list, tuple)) and len(value) == len(wanted):
             yield from _all([*zip(wanted, value, strict=True), *rest], state, miss)
+        else:
+            miss.note(state[1], value, f"{len(wanted)} values")
     elif _same(wanted, value):
         yield from _all(rest, state, miss)
+    else:
+        miss.note(state[1], value, repr(wanted))
+
+
+def _size(wanted: Any) -> int:
+    if isinstance(wanted, (list, tuple)):
+        return sum(map(_size, wanted))
+    return wanted.size if isinstance(wanted, Pattern) else 0
 
 
 @dataclass(frozen=True)
@@ -190,6 +221,10 @@ class Or(Pattern):
 
     def __init__(self, *patterns: Pattern) -> None:
         object.__setattr__(self, "patterns", patterns)
+        roots = [pattern.roots for pattern in patterns]
+        known = [targets for targets in roots if targets is not None]
+        object.__setattr__(self, "roots", frozenset().union(*known) if len(known) == len(roots) else None)
+        object.__setattr__(self, "size", min(pattern.size for pattern in patterns))
 
     def walk(self, value: Any, state: _State, miss: NearMiss) -> Iterator[_State]:
         """Try each in order."""

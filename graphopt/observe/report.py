@@ -92,6 +92,7 @@ class Report:
         seconds: of each stage of the optimization.
         graph_before: the captured graph, to be drawn.
         graph_after: the rewritten graph, to be drawn.
+        loss: what lossy passes lost on the example inputs, in the user's metric; None when none ran.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     graph_before: Sequence[GraphNode] = ()
     graph_after: Sequence[GraphNode] = ()
+    loss: float | None = None
 
     @property
     def chosen(self) -> Candidate:
@@ -135,7 +137,8 @@ class Report:
             return "not the same end to end: every rewrite was reverted, and the captured graph runs"
         kept = sum(rewrite.kept for rewrite in self.rewrites)
         rewritten = f"{kept} of {len(self.rewrites)} rewrites kept" if self.rewrites else "nothing rewritten"
-        return f"verified: {rewritten}, outputs within {error(self.chosen.error)} of float64"
+        lost = "" if self.loss is None else f" of the model that was pruned at a loss of {self.loss:.3g}"
+        return f"verified: {rewritten}, outputs within {error(self.chosen.error)} of float64{lost}"
 
     def rewrites_by_pass(self) -> dict[str, int]:
         """How many rewrites each pass made and kept."""
@@ -161,6 +164,7 @@ class Report:
                 "model": self.model,
                 "verdict": self.verdict,
                 "speedup": self.speedup,
+                "loss": self.loss,
                 "ops": {"before": self.ops_before, "after": self.ops_after},
                 "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
                 "remarks": [remark.to_dict() for remark in self.remarks],

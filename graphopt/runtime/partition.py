@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from graphopt.compiler.cost import milliseconds, node_cost
+from graphopt.compiler.cost import milliseconds, node_cost, node_dtype
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import LoweringError, TargetError
 from graphopt.ir import provenance
@@ -128,7 +128,8 @@ def _analyse(step: Step, target: Target, remarks: Remarks) -> None:
     nodes = step.region.graph.calls
     costs = [node_cost(node) for node in nodes]
     flops, moved = sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
-    limit = sum(milliseconds(cost, target.limits) for cost in costs)
+    limits = target.limits
+    limit = sum(milliseconds(node_cost(node), limits, node_dtype(node)) for node in nodes)
     reason = (
         f"{step.region.name}: {len(nodes)} nodes on {step.executor}; the roofline is {limit:.2f} ms a call"
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.compiler.device import Limits, cpu_limits
+from graphopt.compiler.device import Limits, device_limits
 from graphopt.errors import TargetError
 
 _KNOWN = ("auto", "cpu", "cuda", "cuda:<index>")
@@ -57,8 +57,8 @@ class Target:
 
     @property
     def limits(self) -> Limits:
-        """The device's ceilings (of the CPU until a device table has the GPU's)."""
-        return cpu_limits()
+        """The device's ceilings."""
+        return device_limits(self.device)
 
     def __str__(self) -> str:
         return str(self.device)

@@ -232,16 +232,22 @@ def test_a_near_miss_is_the_deepest_one() -> None:
     pattern = Call(add, Call(mul, Call(sin, Var("a")), Var("b")), Var("c"))
     miss = NearMiss()
     assert found(pattern, lambda x, y: x.cos() * y + y, miss) is None
-    assert miss.node is not None
-    assert (miss.node.name, miss.expected, miss.depth) == ("cos", "aten.sin.default", 2)
+    assert (miss.found.name, miss.expected, len(miss.nodes)) == ("cos", "aten.sin.default", 2)
+    assert miss.reason == "near miss: expected aten.sin.default at aten.mul (mul), found aten.cos (cos)"
 
 
 def test_a_near_miss_of_a_condition_says_it_in_words() -> None:
     miss = NearMiss()
     pattern = Call(add, Call(sin, Var("a", lambda value: False, "a weight")), Var("b"))
     assert found(pattern, lambda x, y: x.sin() + y, miss) is None
-    assert miss.node is not None
-    assert (miss.node.name, miss.expected) == ("x", "a weight")
+    assert (miss.found.name, miss.expected) == ("x", "a weight")
+
+
+def test_a_near_miss_of_a_literal_says_what_it_is() -> None:
+    miss = NearMiss()
+    pattern = Call(add, Call(torch.ops.aten.pow.Tensor_Scalar, Var("a"), 2), Var("b"))
+    assert found(pattern, lambda x, y: x**3 + y, miss) is None
+    assert "expected 2 at aten.pow (pow_1), found 3" in miss.reason
 
 
 def test_a_near_miss_of_another_value_names_the_first() -> None:
@@ -253,7 +259,7 @@ def test_a_near_miss_of_another_value_names_the_first() -> None:
 def test_a_match_leaves_no_near_miss() -> None:
     miss = NearMiss()
     assert found(Call(mul, Var("a"), Var("b")), lambda x, y: x * y, miss)
-    assert miss.node is None
+    assert miss.nodes == ()
 
 
 # Values that others read
