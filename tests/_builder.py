@@ -76,7 +76,7 @@ class Builder:
         name = f"w{len(self.weights)}"
         line = f"self.{name} = weight(draw, {', '.join(map(str, shape))})"
         if self.zeros and len(shape) > 1 and self.draw(st.booleans()):
-            line += f"\nself.{name}[{self.one_of('::2', ':3', ':, ::2', '1')}] = 0"
+            line += f"\nself.{name}[{self.one_of('::2', ':3', ':, ::2', '1:2')}] = 0"
         self.weights.append(line)
         return f"self.{name}"
 

@@ -47,6 +47,7 @@ def inputs(batch, seq, seed):
 
 
 DYNAMIC = {dynamic}
+FINITE = {finite}
 '''
 _INPUTS = {
     "x": ((B, S, WIDTH), "float", "torch.randn(batch, seq, 8, generator=draw).to(DTYPE)"),
@@ -67,7 +68,7 @@ _HARMLESS, _SPECIAL = ("", "", "zeros"), ("nan", "inf", "-inf")
 
 @st.composite
 def programs(draw: Any) -> str:
-    """The source of a module with a class ``Program``, ``inputs(batch, seq, seed)`` and ``DYNAMIC``."""
+    """The source of a module with a class ``Program``, ``inputs``, ``DYNAMIC`` and ``FINITE``."""
     dtype = draw(st.sampled_from(("float32", "float32", "float32", "float64", "bfloat16")))
     special = draw(st.sampled_from(_HARMLESS * 4 + _SPECIAL))
     taken = ["x", *(name for name in _INPUTS if name != "x" and draw(st.booleans()))]
@@ -89,6 +90,7 @@ def programs(draw: Any) -> str:
         body="\n".join(f"        {name} = {text}" for name, text in p.lines) or "        pass",
         returned=_returned(draw, p),
         inputs="\n".join(given),
+        finite=special not in _SPECIAL,
         arguments=f"({', '.join(taken)},)",
         dynamic={name: _named(_INPUTS[name][0], dynamic) for name in taken} if dynamic else None,
     )
