@@ -83,7 +83,7 @@ def _check(source: str, way: str, folder: Path) -> None:
 
 
 def _nothing_went_wrong(finite: bool, remarks: Sequence[Remark], rewrites: Sequence[Rewrite]) -> None:
-    """No pass raised; none was taken back, but where infinities met weights that were multiplied beforehand."""
+    """No pass raised; none was taken back, but for infinities: weights multiplied beforehand may keep them."""
     bad = (
         "undone",
         "its check failed",
