@@ -83,7 +83,7 @@ def _check(source: str, way: str, folder: Path) -> None:
 
 
 def _nothing_went_wrong(finite: bool, remarks: Sequence[Remark], rewrites: Sequence[Rewrite]) -> None:
-    """No pass raised; none was taken back, but for infinities: weights multiplied beforehand may keep them."""
+    """No pass raised; none was taken back, but for infinities: products of weights may keep them."""
     bad = (
         "undone",
         "its check failed",
