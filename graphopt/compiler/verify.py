@@ -17,6 +17,8 @@ from graphopt.compiler.rewriter import Rewriter
 from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
 from graphopt.ir.graph import Graph, is_symbolic
 
+aten = torch.ops.aten
+
 
 class Verifier:
     """Checks rewrites of one graph; identical ones once.
@@ -123,8 +125,18 @@ def _depends_on_values(node: fx.Node) -> bool:
         if current.op == "placeholder":
             return True
         seen.add(current)
-        work.extend(current.all_input_nodes)
+        unread = _SHAPE_ONLY.get(current.target, -1)
+        args = [value for index, value in enumerate(current.args) if index != unread]
+        fx.map_arg((args, current.kwargs), work.append)
     return False
+
+
+# Which argument lends its sizes or its type, and not its values.
+_SHAPE_ONLY: dict[Any, int] = {
+    **dict.fromkeys((aten.ones_like.default, aten.zeros_like.default, aten.full_like.default), 0),
+    **dict.fromkeys((aten.new_ones.default, aten.new_zeros.default, aten.new_full.default), 0),
+    **dict.fromkeys((aten.expand_as.default, aten.view_as.default, aten.type_as.default), 1),
+}
 
 
 def structure(rewriter: Rewriter) -> Any:
