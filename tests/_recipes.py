@@ -124,7 +124,7 @@ def activation(p: Builder) -> None:
         text = p.one_of(
             f"F.gelu({x})",
             f'F.gelu({x}, approximate="tanh")',
-            f"0.5 * {x} * (1 + torch.tanh(0.7978845608 * ({x} + 0.044715 * {x} ** 3)))",
+            f"0.5 * {x} * (1 + torch.tanh(0.7978845608028654 * ({x} + 0.044715 * {x} ** 3)))",
             f"{x} * 0.5 * (1.0 + torch.erf({x} / 1.4142135623730951))",
             f"F.silu({x})",
             f"{x} * torch.sigmoid({x})",
