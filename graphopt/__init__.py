@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from graphopt.compiler.pass_ import custom_pass
 from graphopt.errors import (
     CaptureError,
     GraphoptError,
@@ -12,6 +13,8 @@ from graphopt.errors import (
     SpecError,
     TargetError,
 )
+from graphopt.explain import explain
+from graphopt.observe.explanation import Explanation
 from graphopt.observe.report import Report
 from graphopt.optimize import optimize
 from graphopt.optimized_model import OptimizedModel
@@ -19,6 +22,7 @@ from graphopt.runtime.target import Target
 
 __all__ = [
     "CaptureError",
+    "Explanation",
     "GraphoptError",
     "InputError",
     "LoweringError",
@@ -29,5 +33,7 @@ __all__ = [
     "SpecError",
     "Target",
     "TargetError",
+    "custom_pass",
+    "explain",
     "optimize",
 ]

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
 import graphopt.kernels  # noqa: F401  (registers the ops)
 from graphopt.capture.export import capture, from_program
-from graphopt.capture.inputs import Dynamic
+from graphopt.capture.inputs import Dynamic, example_tensors
 from graphopt.capture.outputs import Outputs, select
 from graphopt.compiler.compare import compare
 from graphopt.compiler.contract import own_outputs
@@ -111,7 +110,7 @@ def optimize(
             example: Any = (args, dict(kwargs or {}))
         else:
             captured, original, example = from_program(model), model.module(), model.example_inputs
-        inputs = _tensors(captured, example)
+        inputs = example_tensors(captured.inputs, example)
         ops_before = captured.op_counts()
         selection = select(captured, outputs)
     where = Target.of(target, _home(original, inputs))
@@ -228,12 +227,6 @@ def _row(found: runtime.Candidate) -> Candidate:
     timing = found.timing
     ms, spread = (timing.median_ms, timing.spread_ms) if timing else (None, None)
     return Candidate(found.name, ms, spread, found.error, found.chosen, found.reason)
-
-
-def _tensors(graph: Graph, example: Any) -> list[torch.Tensor]:
-    """The flat tensor inputs of an example call, in placeholder order."""
-    leaves = pytree.tree_leaves(example)
-    return [leaf for spec, leaf in zip(graph.inputs, leaves, strict=True) if spec.node is not None]
 
 
 def _home(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> torch.device:

@@ -94,7 +94,10 @@ def layer_norm(x: Value, like: Value, weight: Value | None, bias: Value | None, 
 def rms_norm(x: Value, like: Value, weight: Value | None, eps: float) -> Any:
     """RMSNormalization over the last dimension; ``like`` lends its dtype and D when there is no weight."""
     weight = ones_like_last_dim(like) if weight is None else weight
-    return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+    if weight.dtype == like.dtype:
+        return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+    wide = op.RMSNormalization(op.Cast(x, to=int(weight.dtype)), weight, axis=-1, epsilon=eps)
+    return op.Cast(wide, to=int(like.dtype))
 
 
 def add_norm(
@@ -120,7 +123,8 @@ def add_norm(
         The norm and the sum, both (..., D).
     """
     rank = len(x.shape) if x.shape is not None else None
-    if tuning() == "any" and rank in (2, 3):  # the ranks that the fused nodes take
+    mixed = weight is not None and weight.dtype != x.dtype
+    if tuning() == "any" and rank in (2, 3) and not mixed:  # the ranks that the fused nodes take
         scale = ones_like_last_dim(x) if weight is None else weight
         kept = (True, False, False, True)
         normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)

@@ -41,6 +41,16 @@ def require_floating(op: str, **tensors: torch.Tensor | None) -> None:
         require(other == dtype, f"{op}: {name} is {other}, but {first} is {dtype}")
 
 
+def require_weight(op: str, x: torch.Tensor, weight: torch.Tensor | None, name: str = "weight") -> None:
+    """Refuse a weight or table that is neither of x's dtype nor float32.
+
+    Raises:
+        ValueError: it has another dtype.
+    """
+    if weight is not None and weight.dtype != torch.float32:
+        require_floating(op, **{"x": x, name: weight})
+
+
 def require_last_dim(op: str, x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
     """Refuse per-feature vectors that are not of shape ``(x.shape[-1],)``; None is passed over.
 

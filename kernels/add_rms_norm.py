@@ -18,7 +18,14 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, add_norm
-from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
+from graphopt.kernels._shape import (
+    nbytes,
+    require,
+    require_floating,
+    require_last_dim,
+    require_weight,
+    shape_of,
+)
 
 SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor normed, Tensor total)"
 
@@ -31,7 +38,7 @@ def _shape(
     Args:
         x: (..., D), floating.
         residual: x's shape and dtype.
-        weight: (D,), x's dtype; None for ones.
+        weight: (D,), x's dtype or float32; None for ones.
         eps: added to the mean square.
 
     Returns:
@@ -42,7 +49,8 @@ def _shape(
     """
     fits = x.shape == residual.shape
     require(fits, f"add_rms_norm: residual {shape_of(residual)} differs from x {shape_of(x)}")
-    require_floating("add_rms_norm", x=x, residual=residual, weight=weight)
+    require_floating("add_rms_norm", x=x, residual=residual)
+    require_weight("add_rms_norm", x, weight)
     require_last_dim("add_rms_norm", x, weight=weight)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -51,7 +59,9 @@ def _reference(
     x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = (x + residual).contiguous()
-    return F.rms_norm(total, x.shape[-1:], weight_D, eps), total
+    wide = total if weight_D is None else total.to(torch.promote_types(x.dtype, weight_D.dtype))
+    weight_D = None if weight_D is None else weight_D.to(wide.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight_D, eps).to(x.dtype), total
 
 
 def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Cost:

@@ -2,7 +2,7 @@
 
     out = act(x @ gate_weight.T + gate_bias) * (x @ up_weight.T + up_bias)
 
-``act`` is SiLU (SwiGLU), the exact GELU or its tanh form (GeGLU), or ReLU (ReGLU).
+``act`` is SiLU (SwiGLU), the exact GELU or its tanh form (GeGLU), ReLU (ReGLU), or the sigmoid (GLU).
 
 Source: Shazeer, GLU Variants Improve Transformer (arXiv:2002.05202), equation 5.
 """
@@ -30,12 +30,14 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "sigmoid": torch.sigmoid,
 }
 _ONNX_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": lambda x: op.Mul(x, op.Sigmoid(x)),  # Swish came with opset 24; ONNX Runtime fuses these two
     "gelu": op.Gelu,
     "gelu_tanh": partial(op.Gelu, approximate="tanh"),
     "relu": op.Relu,
+    "sigmoid": op.Sigmoid,
 }
 
 
@@ -55,7 +57,7 @@ def _shape(
         up_weight: (I, D), x's dtype.
         gate_bias: (I,), x's dtype; None for zeros.
         up_bias: (I,), x's dtype; None for zeros.
-        activation: "silu", "gelu", "gelu_tanh" or "relu".
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "sigmoid".
 
     Returns:
         An empty (..., I) of x's dtype.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value
-from graphopt.kernels._shape import nbytes, require_floating, require_last_dim
+from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_weight
 
 SCHEMA = "(Tensor x, Tensor? weight, float eps) -> Tensor"
 
@@ -28,7 +28,7 @@ def _shape(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Te
 
     Args:
         x: (..., D), floating.
-        weight: (D,), x's dtype; None for ones.
+        weight: (D,), x's dtype or float32; None for ones.
         eps: added to the mean square.
 
     Returns:
@@ -37,13 +37,16 @@ def _shape(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Te
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    require_floating("rms_norm", x=x, weight=weight)
+    require_floating("rms_norm", x=x)
+    require_weight("rms_norm", x, weight)
     require_last_dim("rms_norm", x, weight=weight)
     return x.new_empty(x.shape)
 
 
 def _reference(x: torch.Tensor, weight_D: torch.Tensor | None, eps: float) -> torch.Tensor:
-    return F.rms_norm(x.contiguous(), x.shape[-1:], weight_D, eps)
+    wide = x if weight_D is None else x.to(torch.promote_types(x.dtype, weight_D.dtype))
+    weight_D = None if weight_D is None else weight_D.to(wide.dtype)
+    return F.rms_norm(wide.contiguous(), x.shape[-1:], weight_D, eps).to(x.dtype)
 
 
 def _cost(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Cost:

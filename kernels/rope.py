@@ -19,7 +19,7 @@ import torch
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, emit, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import nbytes, require, require_floating, require_weight, shape_of
 
 SCHEMA = "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor"
 
@@ -29,7 +29,7 @@ def _shape(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
     Args:
         x: (B, S, H, D), floating.
-        cos: (B or 1, S, R/2), x's dtype; R <= D.
+        cos: (B or 1, S, R/2), x's dtype or float32; R <= D.
         sin: cos's shape and dtype.
         interleaved: whether a pair lies next to each other or half of R apart.
 
@@ -40,7 +40,9 @@ def _shape(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
         ValueError: a shape or dtype does not fit.
     """
     require(x.dim() == 4, f"rope: x must be (batch, length, heads, features), not {shape_of(x)}")
-    require_floating("rope", x=x, cos=cos, sin=sin)
+    require_floating("rope", x=x)
+    require_weight("rope", x, cos, "cos")
+    require_floating("rope", cos=cos, sin=sin)
     fits = cos.dim() == 3 and cos.shape[1] == x.shape[1] and (cos.shape[0] == 1 or cos.shape[0] == x.shape[0])
     require(fits, f"rope: cos {shape_of(cos)} does not fit x {shape_of(x)}")
     require(sin.shape == cos.shape, f"rope: sin {shape_of(sin)} differs from cos {shape_of(cos)}")
@@ -60,7 +62,7 @@ def _reference(
         first, second = turning.chunk(2, dim=3)
     turned = first * cos_BS1R - second * sin_BS1R, second * cos_BS1R + first * sin_BS1R
     joined = torch.stack(turned, dim=4).flatten(3) if interleaved else torch.cat(turned, dim=3)
-    return torch.cat((joined, passing), dim=3)
+    return torch.cat((joined.to(x_BSHD.dtype), passing), dim=3)
 
 
 def _cost(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> Cost:
@@ -81,6 +83,9 @@ def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:
     assert cos.shape is not None
     batch, _, heads, features = x.shape
     pairs = cos.shape[2]
+    kind = x.dtype
+    if cos.dtype != kind:
+        x = op.Cast(x, to=int(cos.dtype))
     if not (isinstance(heads, int) and isinstance(features, int) and isinstance(pairs, int)):
         raise ValueError(f"rope: ONNX needs fixed heads and features, not {heads}, {features} and {pairs}")
     turn = partial(
@@ -95,7 +100,8 @@ def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:
         out = turn(cos, sin, domain="", version=23)
     else:
         out = turn(op.Constant(value_ints=[0]), op.Squeeze(cos, [0]), op.Squeeze(sin, [0]))
-    return op.Reshape(out, [0, 0, heads, -1])
+    out = op.Reshape(out, [0, 0, heads, -1])
+    return out if cos.dtype == kind else op.Cast(out, to=int(kind))
 
 
 def _tables(

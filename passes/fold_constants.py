@@ -1,4 +1,9 @@
-"""f(constants) -> constant: everything that does not depend on the inputs is computed once."""
+"""f(constants) -> constant: everything that does not depend on the inputs is computed once.
+
+What an expand repeats along the leading dimensions (a position bias, once for every sequence of the batch) is
+not held repeatedly: constant -> expand(constant). How large a constant may be stands in ``_growth.py``; what
+exceeds it is computed at every call, once for all that read it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,11 @@ from torch import fx
 from graphopt.compiler.evaluate import evaluate
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph, has_effect, is_symbolic, tensor_bytes
+from graphopt.ir.graph import Graph, has_effect, is_symbolic
 from graphopt.ir.pattern import Match
+from graphopt.passes._growth import bytes_of, refuse_growth
 
 aten = torch.ops.aten
-
-_MAX_GROWTH = 16 * 2**20  # bytes that a folded constant may be larger than what it is made from
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
@@ -40,18 +44,39 @@ def _stays(node: fx.Node, known: Collection[fx.Node]) -> bool:
 
 def check(match: Match) -> str | None:
     """Refuse to trade a cheap computation for a large constant."""
-    made_from = sum(tensor_bytes(source.meta["val"]) for source in match.inputs)
-    growth = tensor_bytes(match.root.meta["val"]) - made_from
-    if growth > _MAX_GROWTH:
-        return f"the constant would be {growth / 2**20:.0f} MiB larger than what it is made from"
-    return None
+    made_from = bytes_of(*(source.meta["val"] for source in match.inputs))
+    reason = refuse_growth(bytes_of(match.root.meta["val"]), made_from)
+    if reason is not None and _expands(match):
+        reason = refuse_growth(bytes_of(_value(match)), made_from)
+    return reason
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Compute it now."""
-    (value,) = evaluate(match.graph, [match.root], {})
+    value = _value(match)
     how = " of ".join(dict.fromkeys(str(node.target) for node in reversed(match.nodes)))
-    rewriter.replace(match.root, rewriter.constant(value, match.inputs, how))
+    folded = rewriter.constant(value, match.inputs, how)
+    shape = match.root.meta["val"].shape
+    if value.shape != shape:
+        folded = rewriter.call(aten.expand.default, folded, list(shape))
+    rewriter.replace(match.root, folded)
+
+
+def _expands(match: Match) -> bool:
+    return any(node.target is aten.expand.default for node in match.nodes)
+
+
+def _value(match: Match) -> torch.Tensor:
+    """What the region computes, without what an expand repeats along its leading dimensions."""
+    (value,) = evaluate(match.graph, [match.root], {})
+    if _expands(match) and value.numel():
+        for dim in range(value.dim() - 1):
+            first = value.narrow(dim, 0, 1)
+            if not torch.equal(value, first.expand_as(value)):
+                break
+            value = first
+    found: torch.Tensor = value.contiguous() if value.shape != match.root.meta["val"].shape else value
+    return found
 
 
 def _foldable(node: fx.Node) -> bool:

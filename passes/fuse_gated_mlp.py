@@ -1,49 +1,140 @@
-"""act(x Wg^T + bg) * (x Wu^T + bu) -> gated_mlp(x, Wg, Wu, bg, bu, act): SwiGLU, GeGLU, ReGLU."""
+"""act(x Wg^T + bg) * (x Wu^T + bu), Wg and Wu one matrix or two -> gated_mlp(x, Wg, Wu, bg, bu, act)."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import same_shape
-from graphopt.ir.pattern import Call, Match, Or, Var, argument, shared_inside
+from graphopt.ir.graph import Graph
+from graphopt.ir.pattern import Match, argument, shared_inside
 from graphopt.kernels.gated_mlp import OP as GATED_MLP
 
 aten = torch.ops.aten
 
-_gate = Call(aten.linear.default, Var("x"), Var("gate_w"), Var("gate_b"))
-_up = Call(aten.linear.default, Var("x"), Var("up_w"), Var("up_b"))
-_activated = Or(
-    Call(aten.silu.default, _gate, name="act"),
-    Call(aten.gelu.default, _gate, approximate=Var("approximate"), name="act"),
-    Call(aten.relu.default, _gate, name="act"),
-)
+_ACTIVATIONS = {
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+    aten.relu.default: "relu",
+    aten.sigmoid.default: "sigmoid",
+}
 
-pattern = Call(aten.mul.Tensor, _activated, _up, commutative=True)
+
+@dataclass(frozen=True)
+class Projection:
+    """Some rows of a linear layer's weight, by what is taken of its result.
+
+    Args:
+        linear: the layer.
+        nodes: the layer and what takes its result apart.
+        rows: how many there are.
+        part: first row, end and step; None for all.
+    """
+
+    linear: fx.Node
+    nodes: tuple[fx.Node, ...]
+    rows: int
+    part: tuple[int, int, int] | None = None
+
+
+def pattern(graph: Graph) -> Iterator[Match]:
+    """Every activation of a projection that is multiplied by another projection of the same value."""
+    for op in _ACTIVATIONS:
+        for act in graph.fx.find_nodes(op="call_function", target=op):
+            product = None if act._erased else next(iter(act.users), None)
+            if product is not None and product.target is aten.mul.Tensor and not product.kwargs:
+                other = product.args[1] if product.args[0] is act else product.args[0]
+                yield from _of(graph, product, _projection(act.args[0]), _projection(other), (act,))
+    for glu in graph.fx.find_nodes(op="call_function", target=aten.glu.default):
+        whole = None if glu._erased else _projection(glu.args[0])
+        if whole is not None and whole.part is None and _is_last(glu, argument(glu, "dim")):
+            half = whole.rows // 2
+            up, gate = (
+                Projection(whole.linear, whole.nodes, half, (start, start + half, 1)) for start in (0, half)
+            )
+            yield from _of(graph, glu, gate, up, ())
+
+
+def _of(
+    graph: Graph, root: fx.Node, gate: Projection | None, up: Projection | None, acts: tuple[fx.Node, ...]
+) -> Iterator[Match]:
+    if gate is None or up is None or gate.linear.args[0] is not up.linear.args[0]:
+        return
+    nodes = tuple(sorted({*gate.nodes, *up.nodes, *acts, root}))
+    yield Match(graph, root, nodes, {"x": gate.linear.args[0], "gate": gate, "up": up, "acts": acts})
+
+
+def _projection(node: Any) -> Projection | None:
+    """The linear layer behind a value, and which part of its result the value is."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is aten.linear.default:
+        rows = node.meta["val"].shape[-1]
+        return Projection(node, (node,), rows) if isinstance(rows, int) else None
+    piece = node if node.target is operator.getitem else None
+    source: Any = node.args[0] if node.args else None
+    if piece is not None and source.target in (aten.split.Tensor, aten.split_with_sizes.default):
+        whole = _projection(source.args[0])
+        if whole is None or whole.part is not None or not _is_last(source.args[0], argument(source, "dim")):
+            return None
+        sizes = [part.shape[-1] for part in source.meta["val"]]
+        start, rows = sum(sizes[: piece.args[1]]), sizes[piece.args[1]]  # type: ignore[index, misc]
+        return Projection(whole.linear, (*whole.nodes, source, node), rows, (start, start + rows, 1))
+    if node.target is aten.slice.Tensor:
+        whole = _projection(source)
+        bounds = tuple(argument(node, name) for name in ("start", "end", "step"))
+        fixed = all(bound is None or isinstance(bound, int) for bound in bounds)
+        if whole is None or whole.part is not None or not fixed or not _is_last(node, argument(node, "dim")):
+            return None
+        part = slice(*bounds).indices(whole.rows)
+        return Projection(whole.linear, (*whole.nodes, node), len(range(*part)), part)
+    return None
+
+
+def _is_last(node: fx.Node, dim: int) -> bool:
+    return dim in (-1, node.meta["val"].dim() - 1)
 
 
 def check(match: Match) -> str | None:
     """Both weights are matrices of one shape, and nothing else reads the projections."""
-    gate, up = match.val("gate_w"), match.val("up_w")
-    if gate.dim() != 2 or not same_shape(gate.shape, up.shape):
-        return f"the weights have shapes {list(gate.shape)} and {list(up.shape)}, not one of two dimensions"
+    shapes = []
+    for side in (match["gate"], match["up"]):
+        shape = list(argument(side.linear, "weight").meta["val"].shape)
+        shapes.append([side.rows, *shape[1:]] if side.part else shape)
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+        return f"the weights have shapes {shapes[0]} and {shapes[1]}, not one of two dimensions"
     shared = shared_inside(match)
     return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
-    """One op; the weights stay two, so that they are shared with the model."""
-    names = ("x", "gate_w", "up_w", "gate_b", "up_b")
-    args = tuple(match[name] for name in names)
-    rewriter.replace(match.root, rewriter.call(GATED_MLP.overload, *args, _activation(match)))
+    """One op; two weights stay two, so that they are shared with the model, and of one both are views."""
+    sides = (match["gate"], match["up"])
+    args = [_rows(rewriter, side, name) for name in ("weight", "bias") for side in sides]
+    rewriter.replace(match.root, rewriter.call(GATED_MLP.overload, match["x"], *args, _activation(match)))
+
+
+def _rows(rewriter: Rewriter, side: Projection, name: str) -> fx.Node | None:
+    whole: fx.Node | None = argument(side.linear, name)
+    if whole is None or side.part is None:
+        return whole
+    start, end, step = side.part
+    return rewriter.call(aten.slice.Tensor, whole, 0, start, end, *([step] if step != 1 else []))
 
 
 def _activation(match: Match) -> str:
-    act = match["act"]
-    if act.target is aten.gelu.default:
-        return "gelu_tanh" if argument(act, "approximate") == "tanh" else "gelu"
-    return "silu" if act.target is aten.silu.default else "relu"
+    if not match["acts"]:
+        return "sigmoid"
+    (act,) = match["acts"]
+    if act.target is aten.gelu.default and argument(act, "approximate") == "tanh":
+        return "gelu_tanh"
+    return _ACTIVATIONS[act.target]
 
 
 PASS = register(Pass("fuse_gated_mlp", "fuse", pattern, rewrite, check))

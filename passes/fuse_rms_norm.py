@@ -1,65 +1,67 @@
-"""x * rsqrt(mean(x^2, -1) + eps) * w, the mean in x's type or float32; rms_norm -> rms_norm(x, w, eps)."""
+"""u / sqrt(mean(u^2) + eps) * w in any spelling -> rms_norm(u, w, eps)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import same_size
-from graphopt.ir.pattern import Call, Match, Or, Pattern, Var, shared_inside
+from graphopt.ir.graph import Graph
+from graphopt.ir.pattern import Match, argument
 from graphopt.kernels.rms_norm import OP as RMS_NORM
-from graphopt.passes._scalars import close_to, number, tensor
+from graphopt.passes._moments import Term, widens
+from graphopt.passes._norms import cast, last, norms, operand_dtype, refuse_norm, tailed, vector
 
 aten = torch.ops.aten
-mul = aten.mul.Tensor
-
-_x = Var("x")
 
 
-def _normed(wide: Pattern) -> Or:
-    """x divided by its root mean square, spelled with rsqrt or sqrt."""
-    square = Or(Call(aten.pow.Tensor_Scalar, wide, close_to(2.0)), Call(mul, wide, wide))
-    mean = Call(aten.mean.dim, square, Var("dims"), True)
-    above_zero = Call(aten.add.Tensor, mean, number("eps"))
-    return Or(
-        Call(mul, wide, Call(aten.rsqrt.default, above_zero), commutative=True),
-        Call(aten.div.Tensor, wide, Call(aten.sqrt.default, above_zero)),
-    )
+def pattern(graph: Graph) -> Iterator[Match]:
+    """Every norm that is spelled out, and torch's own."""
+    for match in norms(graph, centred=False):
+        of_length_1 = match["scale"] != 1 and match["weight"] is None
+        if not of_length_1 or (match["eps"] and not match["flaw"]):  # x / norm(x) is two ops already
+            yield match
+    for norm in graph.fx.find_nodes(op="call_function", target=aten.rms_norm.default):
+        if not norm._erased:
+            yield _of_torch(graph, norm)
 
 
-_widened = Or(Call(aten.to.dtype, _x, torch.float32), _x)
-_narrowed = Call(aten.to.dtype, _normed(_widened), Var("back"))
-
-pattern = Or(
-    Call(mul, tensor("w", rank=1), Or(_narrowed, _normed(_x)), commutative=True),
-    Call(aten.rms_norm.default, tensor("x"), Var("shape"), Var("w"), Var("eps")),
-)
+def _of_torch(graph: Graph, norm: torch.fx.Node) -> Match:
+    x, eps = norm.args[0], argument(norm, "eps")
+    rank, normalised = x.meta["val"].dim(), len(argument(norm, "normalized_shape"))  # type: ignore[union-attr]
+    eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else float(eps)  # type: ignore[union-attr]
+    region = [norm]
+    if x.op == "call_function" and widens(x):  # type: ignore[union-attr, arg-type]
+        region, x = [x, norm], x.args[0]  # type: ignore[union-attr, list-item]
+    dims = tuple(range(rank - normalised, rank))
+    term = Term(weight=argument(norm, "weight"), rows=1, power=-0.5, eps=eps)
+    return tailed(graph, x, dims, region, term)  # type: ignore[arg-type]
 
 
 def check(match: Match) -> str | None:
-    """The weight covers the last dimension, types come out as they went in, and the steps stay inside."""
-    x, result = match.val("x"), match.root.meta["val"]
-    if match.get("dims", [-1]) not in ([-1], [x.dim() - 1]):
-        return f"the mean is over dimensions {list(match['dims'])}, not the last"
-    if len(match.get("shape", [-1])) != 1:
-        return f"{len(match['shape'])} dimensions are normalised together"
-    if match["w"] is None:
-        return None
-    if not same_size(match.val("w").shape[0], x.shape[-1]):
-        return f"the weight has {match.val('w').shape[0]} values for rows of {x.shape[-1]}"
-    for what, dtype in (("result", result.dtype), ("weight", match.val("w").dtype)):
-        if dtype != x.dtype:
-            return f"the {what} is {dtype}, not {x.dtype}"
-    shared = shared_inside(match)
-    return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
+    """One dimension, types that fit, and steps that nobody else reads."""
+    if len(match["dims"]) != 1:
+        return f"{len(match['dims'])} dimensions are normalised together"
+    return refuse_norm(match)
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
-    """One op."""
-    eps = torch.finfo(match.val("x").dtype).eps if match["eps"] is None else float(match["eps"])
-    normed = rewriter.call(RMS_NORM.overload, match["x"], match["w"], eps)
-    rewriter.replace(match.root, normed)
+    """One op; casts stay where the result's type is not the input's."""
+    dtype = operand_dtype(match)
+    x, order = cast(rewriter, match["x"], dtype), last(match)
+    if order:
+        x = rewriter.call(aten.permute.default, x, order[0])
+    weight = vector(rewriter, match, "weight", dtype)
+    if match["scale"] != 1 and weight is not None:
+        weight = rewriter.call(aten.mul.Tensor, weight, match["scale"])
+    out = rewriter.call(RMS_NORM.overload, x, weight, match["eps"])
+    if match["scale"] != 1 and weight is None:
+        out = rewriter.call(aten.mul.Tensor, out, match["scale"])
+    if order:
+        out = rewriter.call(aten.permute.default, out, order[1])
+    rewriter.replace(match.root, cast(rewriter, out, match.root.meta["val"].dtype))
 
 
 PASS = register(Pass("fuse_rms_norm", "fuse", pattern, rewrite, check))

@@ -23,7 +23,7 @@ SEES["passes"] = {"ir", "compiler", "kernels"}
 for room in ("gate", "observe", "runtime"):
     SEES[room].add("kernels")
 # Beside cli: these see every room.
-TOP = {f"graphopt{name}" for name in ("", ".__main__", ".optimize", ".optimized_model")}
+TOP = {f"graphopt{name}" for name in ("", ".__main__", ".explain", ".optimize", ".optimized_model")}
 SEES["top"] = SEES["cli"] = {*SEES, "top"}
 
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES = 420, 500, 75

@@ -244,3 +244,9 @@ def input_specs(
         else:
             specs.append(InputSpec(leaf.path, None, constant=leaf.value))
     return tuple(specs)
+
+
+def example_tensors(specs: Sequence[InputSpec], example: Any) -> list[torch.Tensor]:
+    """The flat tensor inputs of an example call, in placeholder order."""
+    found = pytree.tree_leaves(example)
+    return [leaf for spec, leaf in zip(specs, found, strict=True) if spec.node is not None]

@@ -91,11 +91,11 @@ def _unknown(name: str, known: list[str]) -> InputError:
 def _children(spec: pytree.TreeSpec) -> Iterator[tuple[str, pytree.TreeSpec]]:
     """The parts of a container with their names: keys, field names, or positions."""
     children = spec.children()
-    names = spec.context
+    names = getattr(spec.context, "_fields", spec.context)  # of a named tuple the context is its type
     if isinstance(names, list) and names and isinstance(names[0], list):
         names = names[0]  # a dataclass: the fields that are set, and those that are None
     if not isinstance(names, (list, tuple)) or len(names) != len(children):
-        names = getattr(spec.type, "_fields", range(len(children)))
+        names = range(len(children))
     return zip(map(str, names), children, strict=True)
 
 

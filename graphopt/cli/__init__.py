@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.bisect import bisect
+from graphopt.cli.explain import explain
 from graphopt.cli.optimize import optimize
 
 app = typer.Typer(
@@ -17,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(optimize)
+for command in (optimize, explain, bisect):
+    app.command()(command)
 
 
 def _version(wanted: bool) -> None:

@@ -36,7 +36,10 @@ DynamicDims = Annotated[
         help='Dimensions that vary: input_ids:0=batch,1=seq (repeatable), JSON, or "auto" to infer them.',
     ),
 ]
-Level = Annotated[int, typer.Option(min=0, max=3, help="0 rewrites nothing, 3 adds what is rarely worth it.")]
+Level = Annotated[
+    int | None,
+    typer.Option(min=0, max=3, help="0 rewrites nothing, 2 is the default, 3 adds what is rarely worth it."),
+]
 Enable = Annotated[
     list[str] | None, typer.Option(metavar="PASS", help="Run this pass whatever its level. Repeatable.")
 ]
@@ -44,6 +47,12 @@ Disable = Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave t
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of made inputs (Hugging Face directories).")]
 Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of made inputs: 128, or the most there may be.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, all else on stderr.")]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--outputs", metavar="NAME[=last]", help="Keep this output, or its last position. Repeatable."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -62,6 +71,14 @@ def executors(text: str | None) -> tuple[str, ...] | None:
             "--executors names none", hint="a list such as --executors ort,eager, or leave it out"
         )
     return names
+
+
+def outputs(texts: Sequence[str] | None) -> dict[str, str | None] | None:
+    """Outputs as ``graphopt.optimize`` takes them: ``logits=last``, or a name alone for all of it."""
+    if not texts:
+        return None
+    pairs = (text.partition("=") for text in texts)
+    return {name.strip(): way.strip() or None for name, _, way in pairs}
 
 
 def dynamic(texts: Sequence[str] | None) -> Dynamic:

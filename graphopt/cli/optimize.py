@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.cli import _folder, _options, _spec
+from graphopt.cli import _config, _folder, _options, _spec
 from graphopt.cli._errors import told
 from graphopt.cli._progress import bar
+from graphopt.cli._work import work
 from graphopt.errors import InputError
 from graphopt.optimize import optimize as run
 from graphopt.optimized_model import OptimizedModel
@@ -43,9 +40,14 @@ def optimize(
     target: _options.Target = "auto",
     executors: _options.Executors = None,
     dynamic: _options.DynamicDims = None,
-    level: _options.Level = 2,
+    outputs: _options.Outputs = None,
+    level: _options.Level = None,
     enable: _options.Enable = None,
     disable: _options.Disable = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="The most that lossy passes, enabled by name, may lose (0.01 is 1 %)."),
+    ] = None,
     effort: Annotated[
         Effort, typer.Option(help="Time the ways to run it, or take the first that is right.")
     ] = Effort.measured,
@@ -78,7 +80,8 @@ def optimize(
     with told(debug):
         folder = _folder.Folder(output, force) if output is not None else None
         names, dims = _options.executors(executors), _options.dynamic(dynamic)
-        with _work(debug), bar(quiet) as progress:
+        passes = _config.passes(level, enable, disable)
+        with work(debug), bar(quiet) as progress:
             loaded = _spec.load(spec, batch=batch, seq=seq, target=target)
             if dims and loaded.kind == "pt2":
                 raise InputError(
@@ -93,9 +96,11 @@ def optimize(
                 target=target,
                 executors=names,
                 dynamic=dims,
-                level=level,
-                enable=enable or (),
-                disable=disable or (),
+                outputs=_options.outputs(outputs),
+                level=passes.level,
+                enable=passes.enable,
+                disable=passes.disable,
+                max_loss=max_loss,
                 effort=effort.value,
                 progress=progress,
             )
@@ -103,15 +108,6 @@ def optimize(
                 progress("write", 0.95)
                 folder.write(lambda place: _folder.fill(place, optimized, loaded, spec))
         _print(optimized, loaded, folder, json=json, quiet=quiet)
-
-
-@contextlib.contextmanager
-def _work(debug: bool) -> Iterator[None]:
-    """Keep stdout for the report: what others print goes to stderr, and warnings only with ``--debug``."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        if not debug:
-            warnings.simplefilter("ignore")
-        yield
 
 
 def _print(

@@ -102,6 +102,9 @@ def relative_error(
 ) -> float:
     """The largest deviation from the reference in a row, relative to the row's largest reference value.
 
+    A row is the last dimension, with those before it where it is short: of an image of one pixel, or of two
+    classes, each value would be a row, and what is near 0 by chance would count as wrong by its rounding.
+
     Values near the end of the dtype's range (the fill of an additive mask) are measured each by itself:
     beside them, every other error in their row would vanish.
 
@@ -122,13 +125,21 @@ def relative_error(
     wide = torch.where(counted, reference.to(kind), 0.0)
     deviation = (torch.where(counted, actual.to(kind), 0.0) - wide).abs()
     size = wide.abs()
-    if actual.dim() == 0:
-        size, deviation = size[None], deviation[None]
+    size, deviation = _rows(size), _rows(deviation)
     fills = size > _FILL * info.max
     scale = torch.where(fills, 0.0, size).amax(dim=-1, keepdim=True).clamp_min(info.tiny / info.eps)
     return float((deviation / torch.where(fills, size, scale)).max())
 
 
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """Dimensions merged from the last one on, until it holds enough values for one to be large."""
+    rows = values if values.dim() else values[None]
+    while rows.dim() > 1 and rows.shape[-1] < _MIN_ROW:
+        rows = rows.flatten(-2)
+    return rows
+
+
+_MIN_ROW = 16  # values of order 1 of which none is near 1: not once in a million rows
 _FILL = 0.25  # of the largest number of a dtype: what is larger is a mask's fill, not a value
 
 

@@ -43,12 +43,11 @@ class Contract:
 
 def fingerprint(graph: Graph) -> int:
     """A number that changes when a node is added, erased, rewired or called differently."""
-    return hash(
-        tuple(
-            (id(node), id(node.target), tuple(map(id, node.all_input_nodes)), len(node.args))
-            for node in graph.fx.nodes
-        )
-    )
+    rows = [
+        (id(node), node.name, id(node.target), tuple(map(id, node.all_input_nodes)), len(node.args))
+        for node in graph.fx.nodes
+    ]
+    return hash((tuple(rows), tuple(map(id, _results(graph)))))
 
 
 def own_outputs(graph: Graph, captured: Graph, remarks: Remarks) -> None:

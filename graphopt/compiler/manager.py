@@ -58,6 +58,8 @@ class PassManager:
         share: verify structurally identical rewrites once.
         reproducers: a folder for a script per reverted rewrite; the environment's ``GRAPHOPT_REPRODUCERS`` by
             default, and none where that is not set.
+        reproduce: the number of a rewrite that is kept, counted from 1, and a folder for a script of it; the
+            script's path is then in ``reproduced``.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PassManager:
         limit: int | None = None,
         share: bool = True,
         reproducers: Path | None = None,
+        reproduce: tuple[int, Path] | None = None,
     ) -> None:
         self.passes = passes
         self.remarks = remarks
@@ -77,6 +80,8 @@ class PassManager:
         self.on_pass = on_pass
         self.share = share
         self.limit = limit if limit is not None else _limit_from_environment()
+        self.reproduce = reproduce
+        self.reproduced: Path | None = None
         given = os.environ.get(REPRODUCERS)
         self.reproducers = reproducers or (Path(given) if given else None)
 
@@ -196,6 +201,9 @@ class _Run:
             self._say("missed", rule, f"reverted: {reason}{script}", match.nodes, match.root)
         else:
             self._say("passed", rule, _summary(match, rewriter), match.nodes, match.root)
+            number, folder = self.manager.reproduce or (0, Path())
+            if number == self.kept + 1:
+                self.manager.reproduced = write_reproducer(folder, rewriter, self.verifier.activations)
             rewriter.commit()
         return Rewrite(
             rule.name, rule.kind, site, place.source, place.module, *errors, not reason, reason, shared

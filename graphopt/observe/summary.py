@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.compiler.remarks import Remark, Rewrite
     from graphopt.observe.report import Candidate, Report
+
+_NUMBERED = re.compile(r"(?<=[A-Za-z])_\d+\b")
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,17 @@ def misses(remarks: Iterable[Remark]) -> list[Miss]:
     groups: dict[tuple[str, str], list[Remark]] = defaultdict(list)
     for remark in remarks:
         if remark.kind == "missed":
-            groups[remark.pass_name, remark.reason].append(remark)
+            groups[remark.pass_name, unnumbered(remark.reason)].append(remark)
     rows = [
         Miss(same[0], len(same), float(sum(r.ms for r in same)), float(sum(r.bytes for r in same)))
         for same in groups.values()
     ]
     return sorted(rows, key=lambda miss: (-miss.ms, -miss.bytes))
+
+
+def unnumbered(reason: str) -> str:
+    """A reason without the numbers of nodes: ``add_3`` is the ``add`` of another layer."""
+    return _NUMBERED.sub("", reason)
 
 
 def speed_ratio(candidate: Candidate, baseline: Candidate | None) -> float | None:

@@ -75,6 +75,7 @@ def to_onnx(graph: Graph) -> ir.Model:
     model: ir.Model = exported.model
     _name_inputs(model, graph)
     _strip_unused_outputs(model)
+    _share_transposed(model)
     _annotate(model, graph, exported.exported_program)
     return model
 
@@ -224,6 +225,21 @@ def _strip_unused_outputs(model: ir.Model) -> None:
             used -= 1
         if used < len(node.outputs):
             node.resize_outputs(used)
+
+
+def _share_transposed(model: ir.Model) -> None:
+    """Let Gemm read a transposed weight (GPT-2's Conv1D) as the model keeps it: written out, it is copied."""
+    for value in model.graph.initializers.values():
+        tensor = getattr(value.const_value, "raw", None)
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.is_contiguous():
+            continue
+        reads = [(node, index, node.attributes.get_int("transB", 0)) for node, index in value.uses()]
+        if not tensor.t().is_contiguous() or {(n.op_type, i, t) for n, i, t in reads} != {("Gemm", 1, 1)}:
+            continue
+        value.const_value = ir.tensor(tensor.t(), name=value.name)
+        value.shape = ir.Shape(tensor.t().shape)
+        for node, _, _ in reads:
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
 
 
 def _annotate(model: ir.Model, graph: Graph, program: ExportedProgram | None) -> None:

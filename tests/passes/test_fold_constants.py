@@ -100,6 +100,25 @@ def test_a_constant_that_is_much_larger_is_refused() -> None:
     ran.refuses("the constant would be 17 MiB larger than what it is made from")
 
 
+def test_a_bias_that_is_repeated_for_every_sequence_is_held_once() -> None:
+    def forward(m, x):
+        bias = m.w[:, None, None] * torch.arange(5.0)
+        mask = torch.ones(5, 5, dtype=torch.bool).tril().expand(2, 1, 5, 5)
+        return x + (bias + torch.where(mask, 0.0, -1e9))
+
+    ran = run(PASS, program(forward, w=W), randn(2, 4, 5, 5))
+    ran.counts(expand=1, add=1, mul=0, where=0)
+    assert [tuple(c.tensor.shape) for c in ran.graph.constants.values()] == [(1, 4, 5, 5)]
+
+
+def test_what_is_large_only_because_it_is_repeated_is_folded() -> None:
+    def forward(m, x):
+        return x.sum() + m.w.expand(3000, 2, 2100).sin()
+
+    ran = run(PASS, program(forward, w=randn(2100)), X).counts(sin=0, expand=1)
+    assert [tuple(c.tensor.shape) for c in ran.graph.constants.values()] == [(1, 1, 2100)]
+
+
 def test_randomness_stays() -> None:
     def forward(m, x):
         noise = F.dropout(m.w, 0.5, True) + torch.rand(4) + torch.bernoulli(m.w.sigmoid())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +21,7 @@ def test_a_convolution_and_its_norm() -> None:
     of = "conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var"
     ran.becomes(
         f"""
-        %0 = conv2d(x, <batch norm folded: {of}>, <batch norm folded: {of}>, [1, 1], [0, 0], [1, 1], 1)
+        %0 = conv2d(x, <batch norm folded: {of}>, <batch norm folded: {of}>)
         return %0
         """
     )
@@ -59,6 +60,82 @@ def test_one_dimension_and_three() -> None:
     layers |= {"conv3": nn.Conv3d(4, 6, 2), "norm3": nn.BatchNorm3d(6)}
     ran = run(PASS, program(forward, **layers), randn(2, 4, 9), randn(2, 4, 3, 3, 3))
     ran.counts(batch_norm=0, conv1d=1, conv3d=1)
+
+
+TRANSPOSED = {
+    "plain": nn.ConvTranspose2d(4, 6, 3),
+    "strided": nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, bias=False),
+    "grouped": nn.ConvTranspose2d(4, 6, 3, groups=2),
+    "dilated": nn.ConvTranspose2d(4, 6, 2, dilation=2),
+}
+
+
+def test_every_transposed_convolution() -> None:
+    pairs = [(conv, nn.BatchNorm2d(6)) for conv in TRANSPOSED.values()]
+    run(PASS, each(pairs), X).counts(batch_norm=0, conv_transpose2d=4)
+
+
+def test_transposed_in_one_dimension_and_three() -> None:
+    def forward(m, x, y):
+        return m.norm1(m.conv1(x)), m.norm3(m.conv3(y))
+
+    layers = {"conv1": nn.ConvTranspose1d(4, 6, 3, groups=2), "norm1": nn.BatchNorm1d(6)}
+    layers |= {"conv3": nn.ConvTranspose3d(4, 6, 2), "norm3": nn.BatchNorm3d(6)}
+    ran = run(PASS, program(forward, **layers), randn(2, 4, 9), randn(2, 4, 3, 3, 3))
+    ran.counts(batch_norm=0, conv_transpose1d=1, conv_transpose3d=1)
+
+
+FIRST = {
+    "plain": nn.Conv2d(4, 6, 3),
+    "without bias": nn.Conv2d(4, 6, 3, bias=False),
+    "grouped": nn.Conv2d(4, 6, 3, groups=2, stride=2),
+    "depthwise": nn.Conv2d(4, 8, 3, groups=4, dilation=2),
+    "of one pixel": nn.Conv2d(4, 6, 1, padding="same"),
+    "padded by name with nothing": nn.Conv2d(4, 6, 3, padding="valid"),
+}
+
+
+def test_a_norm_in_front() -> None:
+    pairs = [(nn.BatchNorm2d(4), conv) for conv in FIRST.values()]
+    run(PASS, each(pairs), X).counts(batch_norm=0, conv2d=6)
+
+
+def test_one_norm_in_front_of_two_convolutions() -> None:
+    def forward(m, x):
+        y = m.norm(x)
+        return m.one(y), m.two(y)
+
+    layers = {"norm": nn.BatchNorm2d(4), "one": nn.Conv2d(4, 6, 3), "two": nn.Conv2d(4, 5, 1)}
+    run(PASS, program(forward, **layers), X).counts(batch_norm=0, conv2d=2)
+
+
+PADDED = {
+    "by one": nn.Conv2d(4, 6, 3, padding=1),
+    "to the same size": nn.Conv2d(4, 6, 3, padding="same"),
+    "transposed": nn.ConvTranspose2d(4, 6, 3),
+}
+
+
+@pytest.mark.parametrize("conv", PADDED.values(), ids=PADDED)
+def test_a_norm_in_front_of_padding_is_refused(conv: nn.Module) -> None:
+    ran = run(PASS, each([(nn.BatchNorm2d(4), conv)]), X)
+    ran.refuses("the convolution pads with zeros, which do not become the constant that is added")
+
+
+def test_a_norm_in_front_that_something_else_reads_stays() -> None:
+    def forward(m, x):
+        y = m.norm(x)
+        return m.conv(y), y
+
+    run(PASS, program(forward, norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 6, 3)), X).stays()
+
+
+def test_filters_that_would_overflow_are_refused() -> None:
+    norm = nn.BatchNorm2d(6)
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=norm).half()
+    norm.running_var.fill_(0.0)
+    norm.eps, norm.weight.data[:] = 1e-10, 6e4
+    run(PASS, model, 1e-3 * X.half(), redraw=False).refuses("the new weights would overflow torch.float16")
 
 
 def test_a_norm_without_weights() -> None:
@@ -128,11 +205,9 @@ def test_weights_that_are_inputs_are_refused() -> None:
 
 
 OTHERS = {
-    "transposed": (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6)),
     "statistics of the batch": (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)),
     "another norm": (nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6)),
     "an activation between": (nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU()), nn.BatchNorm2d(6)),
-    "the norm first": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)),
     "pooling": (nn.AvgPool2d(2), nn.BatchNorm2d(4)),
 }
 

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -100,7 +101,7 @@ def test_projections_of_two_values_stay() -> None:
 
 
 def test_a_gate_that_is_none_stays() -> None:
-    run(PASS, gated(torch.sigmoid), X).stays()
+    run(PASS, gated(torch.tanh), X).stays()
 
 
 def test_a_sum_of_both_stays() -> None:
@@ -108,6 +109,72 @@ def test_a_sum_of_both_stays() -> None:
         return F.silu(m.gate(x)) + m.up(x)
 
     run(PASS, program(forward, gate=nn.Linear(8, 12), up=nn.Linear(8, 12)), X).stays()
+
+
+MERGED = {
+    "chunk": lambda y: F.silu(y.chunk(2, dim=-1)[0]) * y.chunk(2, dim=-1)[1],
+    "split": lambda y: torch.split(y, 12, dim=2)[1] * F.silu(torch.split(y, 12, dim=2)[0]),
+    "split by sizes": lambda y: F.silu(torch.split(y, [12, 12], -1)[0]) * torch.split(y, [12, 12], -1)[1],
+    "slices": lambda y: F.silu(y[..., :12]) * y[..., 12:],
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_projection_for_both(bias: bool) -> None:
+    def forward(m, x):
+        return [function(m.fc(x)) for function in MERGED.values()]
+
+    ran = run(PASS, program(forward, fc=nn.Linear(8, 24, bias=bias)), X)
+    ran.counts(gated_mlp=4, linear=0, split=0, split_with_sizes=0, silu=0, slice=16 if bias else 8)
+
+
+def test_which_half_is_the_gate() -> None:
+    def forward(m, x):
+        up, gate = m.fc(x).chunk(2, dim=-1)
+        return up * F.gelu(gate)
+
+    run(PASS, program(forward, fc=nn.Linear(8, 24, bias=False)), X).becomes("""
+        %0 = slice(fc.weight, 0, 12, 24)
+        %1 = slice(fc.weight, 0, 0, 12)
+        %2 = graphopt.gated_mlp(x, %0, %1, None, None, gelu)
+        return %2
+    """)
+
+
+def test_neighbouring_features() -> None:
+    def forward(m, x):
+        y = m.fc(x)
+        return F.silu(y[..., ::2]) * y[..., 1::2]
+
+    run(PASS, program(forward, fc=nn.Linear(8, 24)), X).counts(gated_mlp=1, linear=0)
+
+
+def test_torchs_own_gate() -> None:
+    def forward(m, x):
+        return F.glu(m.fc(x))
+
+    run(PASS, program(forward, fc=nn.Linear(8, 24, bias=False)), X).becomes("""
+        %0 = slice(fc.weight, 0, 12, 24)
+        %1 = slice(fc.weight, 0, 0, 12)
+        %2 = graphopt.gated_mlp(x, %0, %1, None, None, sigmoid)
+        return %2
+    """)
+
+
+def test_a_split_of_three_that_is_read_elsewhere_is_refused() -> None:
+    def forward(m, x):
+        gate, up, rest = m.fc(x).split(8, dim=-1)
+        return F.silu(gate) * up + rest
+
+    run(PASS, program(forward, fc=nn.Linear(8, 24)), X).refuses("split is also read by getitem")
+
+
+def test_parts_of_other_dimensions_stay() -> None:
+    def forward(m, x):
+        y = m.fc(x)
+        return F.silu(y[:, :2]) * y[:, 2:4], F.glu(y, dim=0)
+
+    run(PASS, program(forward, fc=nn.Linear(8, 24)), X).stays()
 
 
 def test_shared_weights() -> None:

@@ -1,0 +1,37 @@
+"""Ops on half-precision inputs whose weights or tables are float32: right in torch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.kernels import add_rms_norm, rms_norm, rope
+from tests._models import randn
+from tests.kernels.test_ops import Calls, Sample, assert_right, outputs, run_onnx, to_onnx
+
+X, R, W = randn(2, 5, 24), randn(2, 5, 24, seed=1), randn(24, seed=2)
+TABLES = randn(1, 5, 4), randn(1, 5, 4, seed=1)
+MIXED = {
+    "rms_norm": lambda dtype: (rms_norm.OP, (X.to(dtype), W, 1e-6)),
+    "add_rms_norm": lambda dtype: (add_rms_norm.OP, (X.to(dtype), R.to(dtype), W, 1e-6)),
+    "rope": lambda dtype: (rope.OP, (randn(2, 5, 3, 8).to(dtype), *TABLES)),
+    "partial rope": lambda dtype: (rope.OP, (randn(2, 5, 3, 10).to(dtype), *TABLES, True)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_have_the_type_of_x(name: str, dtype: torch.dtype) -> None:
+    op, args = MIXED[name](dtype)
+    found = outputs(op, Sample(args))
+    assert {x.dtype for x in found} == {dtype}
+    assert_right(op, Sample(args), found, torch_is_the_measure=False)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_onnx_runtime_agrees(name: str) -> None:
+    op, args = MIXED[name](torch.float16)
+    sample = Sample(args)
+    inputs = [x for x in args if isinstance(x, torch.Tensor)]
+    program = torch.export.export(Calls(op, [sample]), tuple(inputs), strict=False)
+    assert_right(op, sample, run_onnx(to_onnx(program), inputs))
