@@ -6,8 +6,10 @@ import argparse
 import json
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from bench import catalogue
 from bench.models import SUITES
 from bench.peers import PEERS
 from bench.readme import update_readme
@@ -18,7 +20,9 @@ def main() -> None:
     """Measure, record, print, and bring the README's tables up to date."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "suite", choices=[*SUITES, "readme"], help="a suite; or readme: only rewrite its tables"
+        "suite",
+        choices=[*SUITES, "readme", "catalogue"],
+        help="a suite; or readme: only rewrite its tables; or catalogue: what is found in every architecture",
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)
@@ -26,6 +30,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     given = parser.parse_args()
+    if given.suite == "catalogue":
+        every = track(list(catalogue.cases()), "architectures")
+        catalogue.update_page([catalogue.measure(*case) for case in every])
+        return
     if given.suite != "readme":
         peers = [peer for peer in given.against.split(",") if peer]
         unknown = [peer for peer in peers if peer not in PEERS]
