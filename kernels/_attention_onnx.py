@@ -50,11 +50,13 @@ def additive_mask(mask: Value, query: Value, key: Value, is_causal: bool, fill: 
     """
     dtype = query.dtype
     forbidden = _forbidden(mask, query, key, is_causal)
-    low = fill if math.isinf(fill) else float(dtype.min) / 2
-    nothing = op.Constant(value=ir.tensor([0.0], dtype=dtype))
+    low, nothing, nan = (
+        op.Constant(value=ir.tensor([number], dtype=dtype))
+        for number in (fill if math.isinf(fill) else float(dtype.min) / 2, 0.0, math.nan)
+    )
     added = op.Where(forbidden, low, nothing if mask.dtype == ir.DataType.BOOL else _above_lowest(mask))
     if math.isinf(fill):
-        added = op.Where(op.Equal(op.ReduceMax(added, [-1], keepdims=1), low), math.nan, added)
+        added = op.Where(op.Equal(op.ReduceMax(added, [-1], keepdims=1), low), nan, added)
     if is_causal:  # which has a row a query and a column a key
         return added
     added.shape, added.dtype = mask.shape, dtype
