@@ -25,14 +25,9 @@ def lines(row: Row, kinds: tuple[str, ...]) -> str:
 
 
 EACH = pytest.mark.parametrize(("name", "attention"), list(cases()))
-# Not yet: attention that is spelled out, a GeGLU of one product, experts whose projections are merged first.
-OPEN = pytest.mark.xfail(reason="see docs/catalogue.md", strict=False)
-NOT_YET = {case for case in cases() if case[1] == "eager" or case[0] in ("ModernBERT", "Mixtral-style")}
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"), [pytest.param(*case, marks=[OPEN] if case in NOT_YET else []) for case in cases()]
-)
+@EACH
 def test_everything_is_found(name: str, attention: str) -> None:
     missing = lines(row_of(name, attention), COMPLETE)
     assert not missing, missing
