@@ -152,6 +152,8 @@ def _bare(graph: Graph, operand: Operand) -> tuple[Operand, float]:
             break
         source, by = scaled
         factor, operand = factor * by, replace(operand, node=source)
+    if operand.view is not None:
+        return operand, factor
     view: Any = operand.node
     scaled = _scaled(graph, view.args[0]) if view.target is aten.reshape.default else None
     if scaled is not None:
