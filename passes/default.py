@@ -48,6 +48,7 @@ from graphopt.passes import (
     merge_convolutions,
     merge_linears,
     merge_permutes,
+    merge_quantizations,
     merge_reshapes,
     prune_channels_by_magnitude,
     prune_heads_by_magnitude,
@@ -78,6 +79,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(remove_noops.PASS, "patterns then see producers, not casts and views that do nothing"),
     Entry(fold_sizes.PASS, "what is made of equal sizes is then equal, and merged below"),
     Entry(merge_casts.PASS, "likewise: a value, not the round trip that it makes through another type"),
+    Entry(merge_quantizations.PASS, "likewise: codes, not the round trip that they make through numbers"),
     Entry(fold_index.PASS, "needs the ranges that index a mask before folding makes constants of them"),
     Entry(fold_embedding_scale.PASS, "a scaled lookup is a lookup for the next two"),
     Entry(
