@@ -49,7 +49,9 @@ def _shape(
     require(fits, f"group_norm_silu: the channels of x {shape_of(x)} do not divide into {groups} groups")
     for name, vector in {"weight": weight, "bias": bias}.items():
         fits = vector is None or vector.shape == x.shape[1:2]
-        require(fits, f"group_norm_silu: {name} {shape_of(vector)} is not one value a channel of {shape_of(x)}")
+        require(
+            fits, f"group_norm_silu: {name} {shape_of(vector)} is not one value a channel of {shape_of(x)}"
+        )
     return x.new_empty(x.shape)
 
 

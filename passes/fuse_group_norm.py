@@ -95,7 +95,9 @@ def _whole(norm: Match) -> Match | None:
         return None
     nodes.append(back)
     root = _grown(back, nodes, affine, shape, (1,))
-    if any(node is not None and not same_size(node.meta["val"].numel(), shape[1]) for node in affine.values()):
+    if any(
+        node is not None and not same_size(node.meta["val"].numel(), shape[1]) for node in affine.values()
+    ):
         return None
     fixed = all(isinstance(norm.val("x").shape[dim], int) for dim in norm["dims"])
     if fixed and affine["affine_weight"] is None and affine["affine_bias"] is None:

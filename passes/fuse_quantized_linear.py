@@ -53,7 +53,7 @@ def pattern(graph: Graph) -> Iterator[Match]:
 
 def check(match: Match) -> str | None:
     """8-bit integers, a constant scale a row in the type of the product, and no other reader."""
-    made = _weight_of_call(match) if "call" in match.bindings else _weight_of_cast(match)
+    made = _weight(match)
     if isinstance(made, str):
         return made
     shared = shared_inside(match)
@@ -62,21 +62,25 @@ def check(match: Match) -> str | None:
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """Keep the integers: folded, the weight would take four times the memory."""
-    made = _weight_of_call(match) if "call" in match.bindings else _weight_of_cast(match)
+    made, linear, codes = _weight(match), match["linear"], match["weight"]
     assert isinstance(made, _Weight)
-    linear, sources = match["linear"], [node for node in match.inputs if node.op == "get_attr"]
-    parameters = [
-        match[name] for name in ("scale", "zero_point") if isinstance(match.get(name), fx.Node)
-    ] or sources[:0]
-    codes = match["weight"]
     if match.constant("weight") is not made.codes:
         codes = rewriter.constant(made.codes, [codes], "quantized")
-    scale = rewriter.constant(made.scale, parameters[:1], "a scale a row")
-    zero_point = made.zero_point
-    zero = None if zero_point is None else rewriter.constant(zero_point, parameters[1:], "a zero point a row")
-    given = argument(linear, "input"), codes, scale, argument(linear, "bias"), zero
-    call = rewriter.call(QUANTIZED_LINEAR.overload, *(given if zero is not None else given[:4]))
-    rewriter.replace(linear, call)
+    scale = rewriter.constant(made.scale, _nodes(match["scale"]), "a scale a row")
+    operands = [argument(linear, "input"), codes, scale, argument(linear, "bias")]
+    if made.zero_point is not None:
+        points = rewriter.constant(made.zero_point, _nodes(match["zero_point"]), "a zero point a row")
+        operands.append(points)
+    rewriter.replace(linear, rewriter.call(QUANTIZED_LINEAR.overload, *operands))
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [value] if isinstance(value, fx.Node) else []
+
+
+def _weight(match: Match) -> _Weight | str:
+    """What the weight is made of, or why it cannot be kept in 8 bits."""
+    return _weight_of_call(match) if "call" in match.bindings else _weight_of_cast(match)
 
 
 def _made_by_cast(graph: Graph, scaled: Any) -> tuple[list[fx.Node], dict[str, Any]] | None:
@@ -144,9 +148,7 @@ def _weight_of_call(match: Match) -> _Weight | str:
     if call.meta["val"].dtype != torch.float32 or x.dtype != torch.float32:
         return f"the weight is dequantized to {call.meta['val'].dtype}, not to float32"
     dtype = source.dtype if source.dtype in fitting else fitting[0]
-    scale, zero = (
-        vector.reshape(-1).expand(source.shape[0]) for vector in (found.scale, found.zero_point)
-    )
+    scale, zero = (vector.reshape(-1).expand(source.shape[0]) for vector in (found.scale, found.zero_point))
     if not torch.equal(zero.to(dtype).to(zero.dtype), zero):
         return "the zero point is no integer of 8 bits"
     (wanted,) = evaluate(match.graph, [call], {})
