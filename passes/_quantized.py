@@ -24,6 +24,7 @@ _FAKE = (
     aten.fake_quantize_per_tensor_affine.tensor_qparams,
     aten.fake_quantize_per_channel_affine.default,
 )
+_SINGULAR = {"scales": "scale", "zero_points": "zero_point"}
 # A scale whose reciprocal float32 holds to the last bit but one.
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**100
 
@@ -92,7 +93,7 @@ def is_call(node: Any, verb: str) -> bool:
 
 def coding(graph: Graph, node: fx.Node) -> Coding | None:
     """The parameters of a call, or None where one of them is no constant."""
-    given = {name.removesuffix("s"): value for name, (value, _) in arguments(node).items()}
+    given = {_SINGULAR.get(name, name): value for name, (value, _) in arguments(node).items()}
     numbers: dict[str, torch.Tensor] = {}
     for name in ("scale", "zero_point", "quant_min", "quant_max"):
         value = 0 if given[name] is None else given[name]

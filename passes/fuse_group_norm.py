@@ -95,12 +95,11 @@ def _whole(norm: Match) -> Match | None:
         return None
     nodes.append(back)
     root = _grown(back, nodes, affine, shape, (1,))
-    if any(
-        node is not None and not same_size(node.meta["val"].numel(), shape[1]) for node in affine.values()
-    ):
+    vectors = [node for node in affine.values() if node is not None]
+    if not all(same_size(node.meta["val"].numel(), shape[1]) for node in vectors):
         return None
     fixed = all(isinstance(norm.val("x").shape[dim], int) for dim in norm["dims"])
-    if fixed and affine["affine_weight"] is None and affine["affine_bias"] is None:
+    if fixed and not vectors:
         return None  # a layer norm says it as well
     bound = {**norm.bindings, **affine, "source": views[-1].args[0], "views": views, "groups": groups}
     return replace(norm, root=root, nodes=tuple(sorted({*views, *nodes})), bindings=bound)
@@ -139,7 +138,7 @@ def _groups(norm: Match, shape: Any) -> int | None:
 def _grown(
     node: fx.Node, nodes: list[fx.Node], affine: dict[str, Any], shape: Any, channels: tuple[int, ...]
 ) -> fx.Node:
-    """The last of the casts and of the factors and shifts of a channel behind a node; they join the others."""
+    """The last of the casts, factors and shifts of a channel behind a node; they join ``nodes``."""
     last = node
     while (user := _only_reader(last)) is not None and same_shape(user.meta["val"].shape, shape):
         step: dict[str, Any] = {}

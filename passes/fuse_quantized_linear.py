@@ -1,7 +1,7 @@
 """linear(x, (w8 - z) * scale, b) -> quantized_linear(x, w8, scale, b, z): the weight stays in 8 bits.
 
-The weight is spelled with a cast, or with the calls of a quantizer: dequantize(w8), dequantize(quantize(w)) or
-fake_quantize(w), of a constant.
+The weight is spelled with a cast, or with a quantizer's calls of a constant: dequantize(w8),
+dequantize(quantize(w)) or fake_quantize(w).
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 
 
 def _are_within(graph: Graph, codes: fx.Node, limits: Coding) -> bool:
-    """Whether codes keep to their limits: those of their type, of the call that made them, or by their values."""
+    """Whether codes keep to their limits: by their type, their values, or the call that made them."""
     whole = torch.iinfo(codes.meta["val"].dtype)
     if limits.low <= whole.min and whole.max <= limits.high:
         return True

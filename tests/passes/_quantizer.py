@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers them)
+import torch.ao.quantization.fx._decomposed
 
 ops = torch.ops.quantized_decomposed
 INT8 = (-128, 127, torch.int8)

@@ -72,7 +72,7 @@ def test_a_float_weight_that_is_quantized_on_the_way() -> None:
         q = ops.quantize_per_channel(m.w, *each, torch.int8)
         a = F.linear(x, ops.dequantize_per_channel(q, *each, torch.int8), m.b)
         b = F.linear(x, torch.fake_quantize_per_channel_affine(m.w, *each))
-        return a, b, F.linear(x, torch.fake_quantize_per_tensor_affine(m.w, 0.03, 9, -8, 7))
+        return a, b, F.linear(x, torch.fake_quantize_per_tensor_affine(m.w, 0.2, 3, -8, 7))
 
     model = program(
         forward, w=randn(6, 8), s=SCALE[:, 0] + 0.01, z=torch.zeros(6, dtype=torch.int32), b=randn(6)

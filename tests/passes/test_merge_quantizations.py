@@ -80,6 +80,16 @@ def test_what_others_read_stays_for_them() -> None:
     run(PASS, program(forward), X).counts(quantize_per_tensor=1, dequantize_per_tensor=1)
 
 
+def test_another_axis_is_refused() -> None:
+    def forward(m, x):
+        q = ops.quantize_per_channel(x, m.s, m.z, 1, *INT8)
+        y = ops.dequantize_per_channel(q, m.s, m.z, 1, *INT8)
+        return ops.quantize_per_channel(y, m.s, m.z, -1, *INT8)
+
+    model = program(forward, s=SCALES, z=POINTS)
+    run(PASS, model, randn(2, 8, 8), redraw=False).refuses("the axis is another one")
+
+
 @pytest.mark.parametrize(
     ("again", "name"),
     [
