@@ -103,7 +103,7 @@ def _call_float64(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
     args, kwargs = pytree.tree_map(_float64_argument, fx.map_arg((node.args, node.kwargs), read))
     try:
         found = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+    except (RuntimeError, ValueError, AssertionError):  # NotImplementedError is a RuntimeError
         found = _call(node, lambda source: _narrowed(read(source), source.meta["val"]))
     return widen(found)
 
