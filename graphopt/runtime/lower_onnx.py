@@ -17,6 +17,8 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants_ir
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -64,6 +66,7 @@ def to_onnx(graph: Graph) -> ir.Model:
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=_translations(),
+                optimize=False,
                 verbose=False,
             )
     except Exception as error:
@@ -71,11 +74,34 @@ def to_onnx(graph: Graph) -> ir.Model:
         raise LoweringError(f"ONNX export failed: {type(cause).__name__}: {_first_lines(cause)}") from error
     assert exported is not None
     model: ir.Model = exported.model
+    _simplify(model)
     _name_inputs(model, graph)
     _strip_unused_outputs(model)
     _share_transposed(model)
     _annotate(model, graph, exported.exported_program)
     return model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and merge equal nodes; the exporter's own rewrite rules take a third of its time.
+
+    What they do, our passes have done to the graph, and ONNX Runtime does when it loads the model.
+    """
+    common.InlinePass()(model)
+    fold_constants_ir(model)
+    for step in (
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
 
 
 def has_translation(node: fx.Node) -> bool:
