@@ -219,7 +219,7 @@ def _constant(rewriter: Rewriter, tensor: torch.Tensor, made_from: list[fx.Node]
     sources = tuple(dict.fromkeys(names))
     for name, known in graph.constants.items():
         if (known.how, known.sources, known.tensor.dtype) == (how, sources, tensor.dtype):
-            reading = next(iter(graph.fx.find_nodes(op="get_attr", target=name)), None)
+            reading: fx.Node | None = next(iter(graph.fx.find_nodes(op="get_attr", target=name)), None)
             if reading is not None and torch.equal(known.tensor, tensor):
                 return reading
     return rewriter.constant(tensor, made_from, how)

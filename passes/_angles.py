@@ -37,7 +37,8 @@ def columns(graph: Graph, node: Any, part: str = "") -> torch.Tensor:
     constant = graph.constant(node)
     if constant is not None:
         constant = getattr(constant, part) if part else constant
-        return torch.unique(constant.reshape(-1, width), dim=1, return_inverse=True)[1]
+        found: torch.Tensor = torch.unique(constant.reshape(-1, width), dim=1, return_inverse=True)[1]
+        return found
     rule = node.target if node.op == "call_function" else None
     last = node.meta["val"].dim() - 1
     if rule is aten.cat.default and argument(node, "dim") in (-1, last):

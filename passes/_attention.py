@@ -105,8 +105,8 @@ def as_attention(graph: Graph, softmax: fx.Node) -> Attention:
     batch, heads = _batch_and_heads(factors, {*key.axes, *value.axes})
     scale = scores.scale * of_query * of_key * again_query * again_key
     arranged: set[fx.Node] = set()
-    for last, operand in zip((*sides, values), (query, key, value), strict=True):
-        arranged.update(_between(graph, last.node, unrepeated(operand.node)))
+    for side, operand in zip((*sides, values), (query, key, value), strict=True):
+        arranged.update(_between(graph, side.node, unrepeated(operand.node)))
     nodes = tuple(sorted({*scores.nodes, product.node, root, *arranged}))
     return Attention(scores, query, key, value, scale, root, axes, nodes, frozenset(arranged), batch, heads)
 

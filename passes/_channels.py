@@ -302,7 +302,8 @@ def _normalised(group: Group, node: fx.Node, value: torch.Tensor) -> torch.Tenso
         return torch.full((), torch.nan).double()
     wide = [None if number is None else number.double() for number in numbers]
     eps = argument(node, "eps")
-    return aten.batch_norm.default(value.reshape(1, -1), *wide, False, 0.0, eps, False).reshape(value.shape)
+    normed: torch.Tensor = aten.batch_norm.default(value.reshape(1, -1), *wide, False, 0.0, eps, False)
+    return normed.reshape(value.shape)
 
 
 def _computed(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
@@ -321,9 +322,11 @@ def _computed(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) 
         number = as_uniform(group.graph, source)
         return torch.tensor(torch.nan if number is None else float(number)).double()
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+    mapped: Any = fx.map_arg((node.args, node.kwargs), read)
+    args, kwargs = mapped
     if node.target is aten.to.dtype:
-        return args[0] if node.meta["val"].is_floating_point() else torch.full((), torch.nan).double()
+        kept: torch.Tensor = args[0]
+        return kept if node.meta["val"].is_floating_point() else torch.full((), torch.nan).double()
     result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     if node.target is aten.mul.Tensor:
         zero = torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, args))).eq(0).any(0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir.graph import same_shape
+from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import argument
 
 aten = torch.ops.aten
@@ -69,10 +69,12 @@ class Followed:
     """The values that are made of the last dimension of one tensor, computed when asked for.
 
     Args:
+        graph: the graph.
         x: the tensor, (..., D) with D fixed.
     """
 
-    def __init__(self, x: fx.Node) -> None:
+    def __init__(self, graph: Graph, x: fx.Node) -> None:
+        self.graph = graph
         self.x = x
         self.leading = x.meta["val"].dim() - 1
         every = torch.arange(x.meta["val"].shape[-1])
@@ -96,8 +98,12 @@ class Followed:
 
 def feature_source(node: fx.Node) -> fx.Node | None:
     """The value that a node takes features from, by itself or with others; None where there is none."""
-    if node.op != "call_function" or node.target not in _RULES or node.target in _SUMS:
+    if node.op != "call_function" or node.target not in _RULES:
         return None
+    if node.target in _SUMS:
+        factors = [factor for factor in node.all_input_nodes if factor.op != "get_attr"]
+        signed = node.target is aten.mul.Tensor and len(factors) == 1 < len(node.all_input_nodes)
+        return factors[0] if signed else None
     source: Any = node.args[0]
     if isinstance(source, (list, tuple)):
         source = source[0]
@@ -124,8 +130,10 @@ def _moved(change: Callable[[torch.Tensor, fx.Node, Callable[[int], int | None]]
         if not isinstance(next(iter(changed.values())).sign, tuple):
             return Features(changed)
         pieces = len(next(iter(changed.values())).sign)
-        take = lambda i: Features({k: p.each(operator.itemgetter(i)) for k, p in changed.items()})  # noqa: E731
-        return tuple(take(i) for i in range(pieces))
+        return tuple(
+            Features({key: part.each(operator.itemgetter(i)) for key, part in changed.items()})
+            for i in range(pieces)
+        )
 
     return rule
 
@@ -239,6 +247,20 @@ def _stack(followed: Followed, node: fx.Node) -> Any:
     return None if dim is None else joined(lambda t: torch.stack(list(t), dim), [followed(n) for n in nodes])
 
 
+def _taken(followed: Followed, node: fx.Node) -> Any:
+    """Features in the order of a constant index: x[..., [2, 3, 0, 1]]."""
+    features = followed(node.args[0])
+    if node.target is aten.index.Tensor:
+        *leading, at = argument(node, "indices")
+        last = len(leading) == _rank(node) - 1 and not any(leading)
+    else:
+        at, last = argument(node, "index"), argument(node, "dim") in (-1, _rank(node) - 1)
+    order = followed.graph.constant(at) if last else None
+    known = order is not None and order.dtype == torch.long and order.dim() == 1
+    fits = known and isinstance(features, Features) and len(features.layout) == 1
+    return features.each(lambda t: t[order]) if fits else None
+
+
 def _is_column(node: fx.Node) -> bool:
     return node.target is aten.unsqueeze.default and node.args[1] in (-1, _rank(node) - 1)
 
@@ -269,10 +291,27 @@ def _product(followed: Followed, node: fx.Node) -> Any:
         if features is None or not isinstance(other, fx.Node) or followed(other) is not None:
             continue
         if isinstance(features, Features):
+            signs = _signs(followed, features, other)
+            if signs is not None:
+                return Features({k: Part(p.sign * signs, p.index, p.at) for k, p in features.parts.items()})
             return _times(features, other) if not other.meta["val"].is_complex() else None
         if isinstance(features, Complex) and other.meta["val"].is_complex():
             return _turned(features, other)
     return None
+
+
+def _signs(followed: Followed, features: Features, factor: fx.Node) -> torch.Tensor | None:
+    """A constant of ones and minus ones for each place of the layout; None for any other factor."""
+    constant, layout = followed.graph.constant(factor), features.layout
+    if constant is None or constant.dtype == torch.bool or constant.is_complex():
+        return None
+    if not bool((constant.abs() == 1).all()):
+        return None
+    padded = (1,) * (len(layout) - constant.dim()) + tuple(constant.shape)
+    own = padded[len(padded) - len(layout) :]
+    fits = all(size == 1 for size in padded[: len(padded) - len(layout)])
+    fits = fits and all(size in (1, whole) for size, whole in zip(own, layout, strict=True))
+    return constant.long().reshape(own).expand(layout) if fits else None
 
 
 def _turned(value: Complex, table: fx.Node) -> Complex | None:
@@ -337,6 +376,8 @@ _SUMS = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
 _RULES: dict[Any, Callable[[Followed, fx.Node], Any]] = {
     aten.slice.Tensor: _moved(_slice),
+    aten.index.Tensor: _taken,
+    aten.index_select.default: _taken,
     aten.select.int: _moved(_select),
     aten.split.Tensor: _moved(_split),
     aten.split_with_sizes.default: _moved(_split),

@@ -45,12 +45,13 @@ class Layer:
     @property
     def kind(self) -> str:
         """What to call it in a remark."""
-        return _KIND[self.node.target]
+        target: Any = self.node.target
+        return _KIND[target]
 
     @property
     def source(self) -> fx.Node:
         """The value that it multiplies, or the ids that it looks up."""
-        found: Any = argument(self.node, "indices" if self.kind == "lookup" else "input")
+        found: fx.Node = argument(self.node, "indices" if self.kind == "lookup" else "input")
         return found
 
     @property
@@ -70,7 +71,7 @@ class Layer:
         """The dimension of the channels in an input or result of that rank."""
         if self.kind != "convolution":
             return rank - 1
-        return rank - (self.weight.meta["val"].dim() - 1)
+        return rank - int(self.weight.meta["val"].dim() - 1)
 
     def constants(self) -> str | None:
         """Why weight and bias cannot be changed now, or None."""

@@ -127,7 +127,7 @@ def widens(node: fx.Node) -> bool:
     if node.target not in (aten.to.dtype, aten.type_as.default):
         return False
     before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
-    return before.is_floating_point and torch.promote_types(before, after) == after
+    return bool(before.is_floating_point and torch.promote_types(before, after) == after)
 
 
 def _is_centring(node: fx.Node) -> bool:

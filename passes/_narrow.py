@@ -119,7 +119,8 @@ class _Narrower:
         """The call's arguments with the size of the narrowed dimension brought up to date."""
         args, size = list(node.args), axis.outer * len(self.kept) * axis.inner
         if node.target in (aten.reshape.default, aten.expand.default):
-            sizes: Any = list(args[1])  # type: ignore[call-overload]
+            given: Any = args[1]
+            sizes = list(given)
             sizes[axis.dim] = size
             args[1] = sizes
         elif node.target in (aten.split.Tensor, aten.split_with_sizes.default):

@@ -150,11 +150,12 @@ def _step(graph: Graph, node: fx.Node, user: fx.Node, x: fx.Node, dims: tuple[in
         return ("both", (other[0], bias)) if fits else None
     if user.target not in (aten.mul.Tensor, aten.add.Tensor, aten.div.Tensor) or user.kwargs:
         return None
-    this, other = user.args[:2]
+    operands: Any = user.args[:2]
+    this, second = operands
     if user.target is aten.div.Tensor:
-        literal = isinstance(other, (int, float)) and not isinstance(other, bool) and other
-        return ("scale", 1.0 / float(other)) if literal else None  # type: ignore[arg-type]
-    value = other if this is node else this
+        literal = isinstance(second, (int, float)) and not isinstance(second, bool) and second
+        return ("scale", 1.0 / float(second)) if literal else None
+    value = second if this is node else this
     if isinstance(value, (int, float)):
         return ("scale", float(value)) if user.target is aten.mul.Tensor and value else None
     if value is node or not is_vector(graph, value, x, dims):

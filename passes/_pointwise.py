@@ -36,6 +36,6 @@ def literal(graph: Graph, node: Any) -> bool | int | float | None:
     constant = graph.constant(node)
     if constant is not None:
         one = constant.numel() == 1 and not constant.is_complex()
-        return constant.item() if one else None  # type: ignore[no-any-return]
+        return constant.item() if one else None
     is_fill = isinstance(node, fx.Node) and node.target in _FILLS | _FILLS_LIKE
     return as_uniform(graph, node) if is_fill else None

@@ -133,7 +133,8 @@ def permuted_axes(node: fx.Node) -> tuple[int, ...] | None:
     if node.op != "call_function":
         return None
     if node.target is aten.transpose.int:
-        first, second = (dim % rank for dim in node.args[1:])  # type: ignore[operator]
+        given: Any = node.args[1:]
+        first, second = (dim % rank for dim in given)
         order = list(range(rank))
         order[first], order[second] = second, first
         return tuple(order)

@@ -149,7 +149,8 @@ def _reshaped(before: Any, after: Any, dim: int) -> int | None:
 def _attended(node: fx.Node, dim: int, last: bool) -> dict[fx.Node, int] | None:
     """The query's positions, and the rows of a mask; the last query of a causal attention sees every key."""
     query, key, value = node.args[:3]
-    if dim != _ATTENTIONS[node.target] or query is key or query is value or len(shape(query)) != 4:  # type: ignore[arg-type]
+    target: Any = node.target
+    if dim != _ATTENTIONS[target] or query is key or query is value or len(shape(query)) != 4:  # type: ignore[arg-type]
         return None
     if argument(node, "is_causal") and not (last and same_size(shape(query)[dim], shape(key)[dim])):  # type: ignore[arg-type]
         return None

@@ -20,7 +20,7 @@ from graphopt.passes._scalars import tensor
 aten = torch.ops.aten
 _ANDS = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 
-_rest = {"is_causal": Var("causal"), "scale": Var("scale")}
+_rest: dict[str, Any] = {"is_causal": Var("causal"), "scale": Var("scale")}
 
 pattern = Or(
     Call(

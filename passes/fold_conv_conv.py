@@ -71,7 +71,7 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 
 
 def _pointwise(layer: Layer) -> bool:
-    return math.prod(layer.weight.meta["val"].shape[2:]) == 1
+    return bool(math.prod(layer.weight.meta["val"].shape[2:]) == 1)
 
 
 def _strides(layer: Layer) -> int:

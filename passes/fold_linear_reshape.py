@@ -89,10 +89,11 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     new: dict[fx.Node, Any] = {flat: flat.args[0] for flat in found.flats}
     for node in sorted(found.inner):
         args = list(fx.map_arg(node.args, lambda source: new.get(source, source)))
-        at = _FEATURES.get(node.target)
+        target: Any = node.target
+        at = _FEATURES.get(target)
         if at is not None:
             args[at] = -1
-        new[node] = rewriter.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
+        new[node] = rewriter.call(target, *args, **node.kwargs)
     for end in sorted(found.ends):
         rewriter.replace(end, new[end.args[0]])  # type: ignore[index]
 

@@ -63,9 +63,9 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 def _each(conv: fx.Node, name: str) -> list[int]:
     """A number for each spatial dimension; one may stand for all of them."""
     given: Any = argument(conv, name)
-    given = [given] if isinstance(given, int) else list(given)
+    sizes: list[int] = [given] if isinstance(given, int) else list(given)
     spatial = argument(conv, "weight").meta["val"].dim() - 2
-    return given * spatial if len(given) == 1 else given
+    return sizes * spatial if len(sizes) == 1 else sizes
 
 
 def _padding(conv: fx.Node) -> list[int] | None:

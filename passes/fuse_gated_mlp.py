@@ -116,7 +116,7 @@ def _projection(node: Any) -> Projection | None:
         if whole is None or whole.part is not None or not _is_last(source.args[0], argument(source, "dim")):
             return None
         sizes = [part.shape[-1] for part in source.meta["val"]]
-        start, rows = sum(sizes[: piece.args[1]]), sizes[piece.args[1]]  # type: ignore[index, misc]
+        start, rows = sum(sizes[: piece.args[1]]), sizes[piece.args[1]]  # type: ignore[index]
         return Projection(whole.linear, (*whole.nodes, source, node), rows, (start, start + rows, 1))
     if node.target is aten.slice.Tensor:
         whole = _projection(source)

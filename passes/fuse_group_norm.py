@@ -161,13 +161,14 @@ def _taken(affine: dict[str, Any]) -> set[str]:
 
 def _affine(user: fx.Node, node: fx.Node, shape: Any, channels: tuple[int, ...]) -> dict[str, Any]:
     """The weight or bias of each channel that a call applies to a node; empty for another call."""
+    target: Any = user.target
     names = {
         aten.mul.Tensor: ("affine_weight",),
         aten.add.Tensor: ("affine_bias",),
         aten.addcmul.default: ("affine_bias", "affine_weight"),
-    }.get(user.target, ())
+    }.get(target, ())
     values = [value for value in user.args if value is not node]
-    first = user.target is aten.addcmul.default and user.args[0] is node
+    first = target is aten.addcmul.default and user.args[0] is node
     if not names or len(values) != len(names) or user.kwargs or first:
         return {}
     vectors = [_channel_vector(value, shape, channels) for value in values]

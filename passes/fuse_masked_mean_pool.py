@@ -74,13 +74,13 @@ def _of_matrices(product: fx.Node) -> Iterator[_Total]:
         for x, weight in (operands, operands[::-1]) if len(operands) == 2 else ():
             left, _, right = equation.partition("->")[0].partition(",")
             tokens = left if x is operands[0] else right
-            b, t, d = tokens if len(tokens) == len(set(tokens)) == 3 and tokens.isalpha() else "..."
+            b, t, d = list(tokens if len(tokens) == len(set(tokens)) == 3 and tokens.isalpha() else "...")
             if equation in (f"{b}{t}{d},{b}{t}->{b}{d}", f"{b}{t},{b}{t}{d}->{b}{d}"):
                 yield product, x, weight, [product]
         return
-    left, right = product.args[:2]
+    one, other = product.args[:2]
     rows, features = product.meta["val"].shape[-2:]
-    for dim, size, x, weight in ((1, rows, right, left), (2, features, left, right)):
+    for dim, size, x, weight in ((1, rows, other, one), (2, features, one, other)):
         total = next(iter(product.users)) if len(product.users) == 1 else None
         if product.meta["val"].dim() != 3 or not same_size(size, 1) or not _drops(total, dim):
             continue

@@ -109,7 +109,7 @@ def _has_features(node: fx.Node) -> bool:
 
 
 def _rotation(graph: Graph, root: fx.Node, x: fx.Node) -> Match | None:
-    follow = Followed(x)
+    follow = Followed(graph, x)
     features = follow(root)
     if not isinstance(features, Features) or len(features.layout) != 1:
         return None
@@ -120,7 +120,7 @@ def _rotation(graph: Graph, root: fx.Node, x: fx.Node) -> Match | None:
     if found is None:
         return None
     nodes = _between(follow, root)
-    bound = {"x": x, "reason": found if isinstance(found, str) else _shared(follow, nodes)}
+    bound: dict[str, Any] = {"x": x, "reason": found if isinstance(found, str) else _shared(follow, nodes)}
     if isinstance(found, Rotation):
         bound |= {"rotation": found, "cos": found.straight[0], "sin": found.crossed[0]}
         bound["order"] = _order(graph, found)
@@ -233,7 +233,7 @@ def _places(match: Match) -> tuple[int | None, int, int | None] | str:
     shape = match.val("x").shape[:-1]
     for batch, tokens, heads in _PLACES[len(shape) + 1]:
         if all(_fits(_leading(match, name), shape, batch, tokens, heads) for name in ("cos", "sin")):
-            return batch, tokens, heads  # type: ignore[return-value]
+            return batch, tokens, heads
     table = list(match.val("cos").shape)
     return f"the cos table has shape {table}, which does not fit {list(match.val('x').shape)}"
 
@@ -329,7 +329,7 @@ def _table(rewriter: Rewriter, match: Match, name: str, places: Any, dtype: torc
     heads = _heads(match, node, places)
     node = take(rewriter, node, *of_columns)
     if heads is not None and node.target is aten.unsqueeze.default and argument(node, "dim") == heads:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     elif heads is not None:
         node = rewriter.call(aten.squeeze.dim, node, heads)
     while node.meta["val"].dim() < 3:

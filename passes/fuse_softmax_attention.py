@@ -39,8 +39,9 @@ def pattern(graph: Graph) -> Iterator[Match]:
 
 def check(match: Match) -> str | None:
     """Nothing else may read what is inside; types, heads and masks must be those of the op."""
-    if match.get("reason"):
-        return match["reason"]
+    reason: str | None = match.get("reason")
+    if reason:
+        return reason
     found: Attention = match["attention"]
     shared = shared_inside(match, found.arranged)
     if shared:

@@ -7,6 +7,7 @@ and the query's side of the last attention.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +29,11 @@ def pattern(graph: Graph) -> Iterator[Match]:
     """Every slice of a computed value, with all that computes only what it takes."""
     for node in graph.calls:
         dim = None if node._erased or node.target not in _SLICES else _dim(node)
-        if (
-            dim is None
-            or same_size(node.args[0].meta["val"].shape[dim], 1)
-            or not node.meta["val"].is_floating_point()
-        ):
+        if dim is None or not node.meta["val"].is_floating_point():
             continue
-        source: Any = node.all_input_nodes[0]
+        source: Any = node.args[0]
+        if same_size(source.meta["val"].shape[dim], 1):
+            continue
         slices = sorted(user for user in source.users if _same(user, node))
         last = _takes_last(node, dim)
         if slices[-1] is not node or not behind(source, dim, last):
@@ -78,14 +77,18 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
         given = {source: taken(source, at) for source, at in sources.items()}
         length = next(iter(given.values())).meta["val"].shape[next(iter(sources.values()))]
         args, kwargs = with_positions(node, dim, length, found.last)
-        mapped = fx.map_arg((args, kwargs), lambda source, given=given: given.get(source, source))
+        mapped: Any = fx.map_arg((args, kwargs), partial(_given, given))
         new[node, dim] = rewriter.call(node.target, *mapped[0], **mapped[1])  # type: ignore[arg-type]
     source = match["source"]
     result = new[source, found.nodes[source]]
     for node in match["slices"]:
         rank = len(source.meta["val"].shape)
-        dim = argument(node, "dim") % rank if node.target is aten.select.int else None
-        rewriter.replace(node, result if dim is None else rewriter.call(aten.select.int, result, dim, 0))
+        at = argument(node, "dim") % rank if node.target is aten.select.int else None
+        rewriter.replace(node, result if at is None else rewriter.call(aten.select.int, result, at, 0))
+
+
+def _given(given: dict[fx.Node, fx.Node], source: fx.Node) -> fx.Node:
+    return given.get(source, source)
 
 
 def _dim(node: fx.Node) -> int | None:

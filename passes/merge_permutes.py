@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -54,7 +55,7 @@ def permutation(node: fx.Node) -> list[int] | None:
     return order[::-1] if node.target is aten.t.default else order
 
 
-def _spelling(order: tuple[int, ...] | list[int]) -> tuple[object, tuple[object, ...]]:
+def _spelling(order: tuple[int, ...] | list[int]) -> tuple[Any, tuple[object, ...]]:
     """Nothing, a transpose or a permute: the op, None for the value itself, with its arguments."""
     moved = [dim for dim, source in enumerate(order) if dim != source]
     if not moved:

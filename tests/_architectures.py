@@ -38,7 +38,8 @@ class Contents:
 
     Args:
         norms: layer, RMS and group norms.
-        residual_norms: sums of two or more values of one shape that a norm reads: one kernel can do both.
+        residual_norms: sums of two or more values that a norm reads: one kernel can do both. Sums of lookups
+            that nothing else reads are left out: they are one kernel with the lookups.
         attentions: softmax(Q K^T) V, self and cross.
         projections: attentions two or more of whose Q, K and V are projections of one value.
         ropes: tensors that are rotated by position.
@@ -240,7 +241,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("eager",),
     ),
     "ALBERT": Architecture(encoded("Albert", **TEXT, embedding_size=16), POST_NORM),
-    "GPT-2": Architecture(  # positions are the same for every sequence: the first sum is of two shapes
+    "GPT-2": Architecture(  # the first sum is that of words and positions, the same for every sequence
         encoded(
             "GPT2",
             vocab_size=VOCABULARY,
@@ -253,7 +254,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             bos_token_id=1,
             eos_token_id=2,
         ),
-        Contents(2 * LAYERS + 1, 2 * LAYERS, LAYERS, LAYERS, activations=LAYERS),
+        Contents(2 * LAYERS + 1, 2 * LAYERS + 1, LAYERS, LAYERS, activations=LAYERS),
     ),
     "GPT-NeoX": Architecture(  # both norms of a layer read one sum of three
         encoded("GPTNeoX", **TEXT, rotary_pct=0.5, use_parallel_residual=True, use_cache=False),
@@ -318,13 +319,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             activations=1 + LAYERS,
         ),
     ),
-    # Two convolutions with GELU before the encoder. The encoder's positions are the same for every sound, so
-    # its first sum is of two shapes; the decoder's are looked up for every sequence.
+    # Two convolutions with GELU before the encoder. Both first sums add positions.
     "Whisper": Architecture(
         whisper,
         Contents(
             norms=2 + 1 + 3 * LAYERS + 1,
-            residual_norms=2 + 3 * LAYERS + 1,
+            residual_norms=2 + 1 + 3 * LAYERS + 1,
             attentions=1 + 2 * LAYERS,
             projections=1 + 2 * LAYERS,
             activations=2 + 1 + LAYERS,
@@ -341,7 +341,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             image_size=8,
             patch_size=4,
         ),
-        Contents(2 * LAYERS + 1, 2 * LAYERS, LAYERS, LAYERS, activations=LAYERS),
+        Contents(2 * LAYERS + 1, 2 * LAYERS + 1, LAYERS, LAYERS, activations=LAYERS),
     ),
     # Stages of two layers, the second on shifted windows, and of one; norms of patches, of the merged patches
     # and at the end. The first norm of a stage reads no sum.
@@ -358,12 +358,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Contents(1 + 2 * 3 + 1 + 1, 3 + 1 + 1, 3, 3, activations=3),
     ),
-    # Two layers of text, one of vision: there, the last norm reads the class token alone.
+    # Two layers of text, one of vision: there, the last norm reads the class token alone. Both first sums add
+    # positions, and a norm reads each.
     "CLIP": Architecture(
         clip,
         Contents(
             norms=2 * LAYERS + 1 + 1 + 2 + 1,
-            residual_norms=2 * LAYERS + 1,
+            residual_norms=2 * LAYERS + 1 + 2,
             attentions=LAYERS + 1,
             projections=LAYERS + 1,
             activations=LAYERS + 1,

@@ -48,3 +48,23 @@ def test_every_norm_rotation_and_gate_is_found(family: str, dtype: torch.dtype) 
     kwargs = {"input_ids": tokens(2, 6), "attention_mask": padding((6, 6), 6)}
     ran = run(pipeline(), model, kwargs=kwargs, redraw=False)
     ran.counts(rope=2 * LAYERS, attention=LAYERS, **expected, **SPELLED)
+
+
+# positions from a cumulative sum, a bias of positions, a projection behind the embeddings, optional types
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "Roberta": {},
+    "MPNet": {},
+    "Albert": {"embedding_size": 8},
+    "Electra": {"embedding_size": 8},
+    "DebertaV2": {"type_vocab_size": 2},
+}
+
+
+@pytest.mark.parametrize("family", EMBEDDINGS)
+def test_every_embedding_is_one_op(family: str) -> None:
+    own = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "use_cache")}
+    config = getattr(transformers, f"{family}Config")(**own, **EMBEDDINGS[family])
+    model = randomised(getattr(transformers, f"{family}Model")(config))
+    kwargs = {"input_ids": tokens(2, 6), "attention_mask": padding((6, 4), 6)}
+    ran = run(pipeline(), model, kwargs=kwargs, redraw=False)
+    ran.counts(embedding_layer_norm=1, layer_norm=0, add_layer_norm=2 * LAYERS)

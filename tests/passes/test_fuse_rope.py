@@ -158,6 +158,70 @@ def test_every_spelling_in_half_precision(table: torch.dtype) -> None:
     assert ropes(ran) == len(HALVES) + len(NEIGHBOURS) - 1
 
 
+SIGNS = torch.tensor([-1.0] * 4 + [1.0] * 4)
+SIGNED = {
+    "flipped halves": lambda x, c, s, m: (
+        x * c + x.view(2, 3, 5, 2, 4).flip(-2).reshape(x.shape) * m.signs * s
+    ),
+    "signs of the rows": lambda x, c, s, m: (
+        x * c + (x.view(2, 3, 5, 2, 4).flip(3) * m.column).reshape(x.shape) * s
+    ),
+    "rolled": lambda x, c, s, m: s * (m.signs * x.roll(4, -1)) + c * x,
+    "in another order": lambda x, c, s, m: x * c + x[..., m.order] * m.signs * s,
+    "selected": lambda x, c, s, m: x * c + x.index_select(-1, m.order) * m.whole * s,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signs_that_are_constants(dtype: torch.dtype) -> None:
+    def forward(m, x, angles):
+        cos, sin = twice(angles).cos(), twice(angles).sin()
+        return [spelled(x, cos, sin, m) for spelled in SIGNED.values()]
+
+    model = program(forward, order=torch.arange(8).roll(4), whole=SIGNS.long())
+    for name, signs in (("signs", SIGNS), ("column", torch.tensor([[-1.0], [1.0]]))):
+        model.register_buffer(name, signs.to(dtype))
+    ran = run(PASS, model, X.to(dtype), randn(5, 4).to(dtype), redraw=False)
+    assert ropes(ran) == len(SIGNED)
+
+
+def test_signs_that_do_not_alternate_are_refused() -> None:
+    def forward(m, x, angles):
+        cos, sin = twice(angles).cos(), twice(angles).sin()
+        return x * cos + x.roll(4, -1) * m.signs * sin
+
+    model = program(forward)
+    model.register_buffer("signs", SIGNS.roll(2))
+    run(PASS, model, X, randn(5, 4), redraw=False).refuses("the two features of a pair do not turn together")
+
+
+def test_factors_and_orders_that_are_none_stay() -> None:
+    def forward(m, x, angles, order):
+        cos, sin = twice(angles).cos(), twice(angles).sin()
+        turned = x.roll(4, -1)
+        return (
+            x * cos + turned * m.factors * sin,
+            x * cos + x[..., order] * sin,
+            x * cos + x[:, :, m.rows] * sin,
+        )
+
+    model = program(forward, rows=torch.tensor([0, 2, 1, 4, 3]))
+    model.register_buffer("factors", 2 * SIGNS)
+    run(PASS, model, X, randn(5, 4), torch.arange(8).roll(4), redraw=False).stays()
+
+
+def test_dynamic_sizes_and_signs() -> None:
+    def forward(m, x, angles):
+        return x * twice(angles).cos() + x.roll(4, -1) * m.signs * twice(angles).sin()
+
+    model = program(forward)
+    model.register_buffer("signs", SIGNS)
+    dynamic = {"x": {0: "batch", 2: "seq"}, "angles": {0: "seq"}}
+    ran = run(PASS, model, X, randn(5, 4), dynamic=dynamic, redraw=False)
+    assert ropes(ran) == 1
+    ran.agrees(randn(3, 3, 7, 8), randn(7, 4))
+
+
 def test_the_table_of_complex_numbers_of_llama() -> None:
     def forward(m, x):
         pair = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
