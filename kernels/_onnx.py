@@ -190,17 +190,20 @@ def add_norm(
     Args:
         fused: "SkipLayerNormalization" or "SkipSimplifiedLayerNormalization" (no bias).
         x: (..., D).
-        residual: (..., D).
+        residual: of a shape that broadcasts to x's; one of the two may be float32 beside another x.
         weight: (D,), or None for ones.
         bias: (D,), or None for zeros.
         eps: added to the variance or to the mean square.
 
     Returns:
-        The norm and the sum, both (..., D).
+        The norm, of x's type, and the sum, both (..., D).
     """
+    if residual.dtype != x.dtype:
+        return _add_norm_in_float32(fused, x, residual, weight, bias, eps)
     rank = len(x.shape) if x.shape is not None else None
     mixed = weight is not None and weight.dtype != x.dtype
-    if tuning() == "any" and rank in (2, 3) and not mixed:  # the ranks that the fused nodes take
+    # the shapes that the fused nodes take
+    if tuning() == "any" and rank in (2, 3) and x.shape == residual.shape and not mixed:
         scale = ones_like_last_dim(x) if weight is None else weight
         kept = (True, False, False, True)
         normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)
@@ -209,3 +212,20 @@ def add_norm(
     if fused == "SkipLayerNormalization":
         return layer_norm(total, x, weight, bias, eps), total
     return rms_norm(total, x, weight, eps), total
+
+
+def _add_norm_in_float32(
+    fused: str, x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Any, Any]:
+    """A norm of a float32 sum, in x's type."""
+    kind, like = ir.DataType.FLOAT, x if x.dtype == ir.DataType.FLOAT else residual
+    x32, residual32, weight32, bias32 = (
+        v if v is None or v.dtype == kind else op.Cast(v, to=int(kind)) for v in (x, residual, weight, bias)
+    )
+    total = op.Sum(x32, residual32)
+    weight32 = ones_like_last_dim(like) if weight32 is None else weight32
+    if fused == "SkipLayerNormalization":
+        normed = layer_norm(total, like, weight32, bias32, eps)
+    else:
+        normed = op.RMSNormalization(total, weight32, axis=-1, epsilon=eps)
+    return (normed if x.dtype == kind else op.Cast(normed, to=int(x.dtype))), total

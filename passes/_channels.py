@@ -284,6 +284,8 @@ def _passed(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) ->
         return _normalised(group, node, values[node.all_input_nodes[0]])
     sources = node.args[2:3] if known.constant == "attended" else node.all_input_nodes
     given = [_as(values[s], axis) for s in sources if s in values]  # type: ignore[index]
+    if not given:  # it reads nothing of the group: positions added to scores, a mask
+        return torch.full((), torch.nan).double()
     if known.constant == "kept" or (node.target in _AVERAGES and _unpadded(node)):
         return given[0]
     zero = torch.stack([value.eq(0) for value in given])

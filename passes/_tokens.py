@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,8 @@ def behind(node: fx.Node, dim: int, last: bool) -> dict[fx.Node, int] | None:
         return {source: dim} if dim != -1 else None
     if target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
         return {node.args[0]: dim} if dim == -2 and len(shape(node.args[0])) > 1 else None  # type: ignore[dict-item, arg-type]
+    if target is aten.baddbmm.default:
+        return None if dim != -2 else {node.args[1]: dim, **(_operands(node, dim, node.args[:1]) or {})}  # type: ignore[dict-item]
     if target is aten.embedding.default:
         return {node.args[1]: dim + 1} if dim < -1 else None  # type: ignore[dict-item]
     if target in _REDUCTIONS:
@@ -110,10 +112,11 @@ def behind(node: fx.Node, dim: int, last: bool) -> dict[fx.Node, int] | None:
     return _attended(node, dim, last) if target in _ATTENTIONS else None
 
 
-def _operands(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
+def _operands(node: fx.Node, dim: int, operands: Sequence[Any] | None = None) -> dict[fx.Node, int] | None:
+    """Those of the operands (by default all) that are not the same at every position."""
     size = shape(node)[dim]
     found = {}
-    for source in node.all_input_nodes:
+    for source in node.all_input_nodes if operands is None else operands:
         sizes = shape(source) if isinstance(source.meta.get("val"), torch.Tensor) else ()
         if len(sizes) >= -dim and not same_size(sizes[dim], 1):
             if not same_size(sizes[dim], size):

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from graphopt.passes import fuse_linear
+from graphopt.passes import fuse_linear, remove_noops
 from graphopt.passes.fold_linear_reshape import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -55,7 +56,7 @@ def test_features_that_are_cut_are_refused() -> None:
     def forward(m, x):
         return m.fc(x.reshape(-1, 4)).reshape(2, 5, 24)
 
-    run(PASS, program(forward, fc=nn.Linear(4, 12)), X).refuses(r"rows of shape")
+    run(PASS, program(forward, fc=nn.Linear(4, 12)), X).refuses("view makes rows of 4 features out of 8")
 
 
 def test_a_projection_that_is_read_twice_is_refused() -> None:
@@ -73,7 +74,7 @@ def test_flat_rows_may_be_read_by_others() -> None:
 
     run(PASS, program(forward, fc=nn.Linear(8, 12, bias=False)), X).becomes("""
         %0 = reshape(x, [-1, 8])
-        %1 = linear(x, fc.weight, None)
+        %1 = linear(x, fc.weight)
         %2 = sin(%0)
         return %1, %2
     """)
@@ -86,6 +87,55 @@ def test_without_the_first_reshape_it_stays() -> None:
     run(PASS, program(forward, fc=nn.Linear(8, 12)), X).stays()
 
 
+BLOCK = {"up": nn.Linear(8, 24), "down": nn.Linear(12, 8), "scale": randn(1, 8)}
+
+
+def block(m, x):
+    rows = F.layer_norm(x, (8,), m.scale[0])
+    gate, up = m.up(rows).chunk(2, 1)
+    return x + m.down(F.silu(gate) * up) * m.scale
+
+
+def test_a_whole_block() -> None:
+    def forward(m, x):
+        return block(m, x.flatten(0, 1)).unflatten(0, (2, 5))
+
+    ran = run([remove_noops.PASS, PASS], program(forward, **BLOCK), X)
+    ran.counts(reshape=0, layer_norm=1, split=1).agrees(randn(2, 5, 8, seed=1))
+
+
+def test_rows_that_come_back_twice() -> None:
+    def forward(m, x):
+        y = block(m, x.reshape(-1, 8))
+        z = torch.cat([y, F.rms_norm(y, (8,))], -1).softmax(1)
+        return y.reshape(x.shape), z.reshape(2, 5, 16)
+
+    run([remove_noops.PASS, PASS], program(forward, **BLOCK), X).counts(reshape=0)
+
+
+def test_rows_of_two_values() -> None:
+    def forward(m, x, y):
+        return (x.reshape(-1, 8) + y.reshape(-1, 8)).reshape(2, 5, 8)
+
+    run(PASS, program(forward), X, randn(2, 5, 8, seed=1)).becomes("%0 = add(x, y)\nreturn %0")
+    ran = run(PASS, program(forward), X, randn(5, 2, 8, seed=1))
+    ran.refuses(r"rows of shape \[2, 5\] meet rows of shape \[5, 2\]")
+
+
+def test_rows_that_others_make_are_refused() -> None:
+    def forward(m, x, y):
+        return (x.reshape(-1, 8) + y.cumsum(0)).reshape(2, 5, 8)
+
+    run(PASS, program(forward), X, randn(10, 8)).refuses("cumsum is not made of rows")
+
+
+def test_what_works_across_rows_is_refused() -> None:
+    def forward(m, x):
+        return m.fc(x.reshape(-1, 8)).softmax(0).reshape(2, 5, 12)
+
+    run(PASS, program(forward, fc=nn.Linear(8, 12)), X).stays()
+
+
 def test_dynamic_sizes() -> None:
     def forward(m, x):
         return m.fc(x)
@@ -93,6 +143,14 @@ def test_dynamic_sizes() -> None:
     names = {"x": {0: "batch", 1: "seq"}}
     ran = run([fuse_linear.PASS, PASS], program(forward, fc=Conv1D(12, 8)), X, dynamic=names)
     ran.counts(linear=1, reshape=0).agrees(randn(3, 2, 8)).agrees(randn(1, 9, 8))
+
+
+def test_a_whole_block_of_dynamic_sizes() -> None:
+    def forward(m, x):
+        return block(m, x.reshape(-1, 8)).view(x.shape)
+
+    ran = run([remove_noops.PASS, PASS], program(forward, **BLOCK), X, dynamic={"x": {0: "batch", 1: "seq"}})
+    ran.counts(reshape=0).agrees(randn(3, 2, 8)).agrees(randn(1, 9, 8))
 
 
 def test_dynamic_rows_that_are_grouped_otherwise_are_refused() -> None:
