@@ -37,6 +37,7 @@ from graphopt.passes import (
     fuse_linear_activation,
     fuse_linear_cross_entropy,
     fuse_masked_mean_pool,
+    fuse_pointwise,
     fuse_quantized_linear,
     fuse_rms_norm,
     fuse_rope,
@@ -145,6 +146,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fold_sizes.PASS, "the fusions asked for sizes of their own"),
     Entry(merge_common_subexpressions.PASS, "half rotary tables, once a layer, become one"),
     Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
+    Entry(fuse_pointwise.PASS, "level 3; takes what no other pass has a name for, once nothing else follows"),
     Entry(remove_dead_code.PASS, "last: what the others left behind"),
 )
 

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 import graphopt.kernels  # noqa: F401
 from graphopt.ir.op import OPS, BadSample, Cost, Op, Sample, op_of, register
@@ -45,13 +46,9 @@ over_ops = pytest.mark.parametrize("op", KERNEL_OPS, ids=lambda op: op.name)
 
 
 def mapped(sample: Sample, change: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
-    """The sample with every tensor changed."""
-
-    def each(x: Any) -> Any:
-        return change(x) if isinstance(x, torch.Tensor) else x
-
-    kwargs = {name: each(x) for name, x in sample.kwargs.items()}
-    return replace(sample, args=tuple(each(x) for x in sample.args), kwargs=kwargs)
+    """The sample with every tensor changed, those in lists too."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, change, (sample.args, sample.kwargs))
+    return replace(sample, args=args, kwargs=kwargs)
 
 
 def cast(sample: Sample, dtype: torch.dtype) -> Sample:
@@ -59,7 +56,7 @@ def cast(sample: Sample, dtype: torch.dtype) -> Sample:
 
 
 def tensors(sample: Sample) -> list[torch.Tensor]:
-    return [x for x in (*sample.args, *sample.kwargs.values()) if isinstance(x, torch.Tensor)]
+    return [x for x in pytree.tree_leaves((sample.args, sample.kwargs)) if isinstance(x, torch.Tensor)]
 
 
 def outputs(function: Callable[..., Any], sample: Sample) -> list[torch.Tensor]:
@@ -248,7 +245,8 @@ def exported(name: str, tuning: Any, dynamic: bool, dtype: torch.dtype) -> Expor
     dims = [
         auto_dims(given, x)
         for call in calls
-        for given, x in (*zip(names, call.args, strict=False), *call.kwargs.items())
+        for given, value in (*zip(names, call.args, strict=False), *call.kwargs.items())
+        for x in pytree.tree_leaves(value)
         if isinstance(x, torch.Tensor)
     ]
     program = torch.export.export(
@@ -308,6 +306,7 @@ MAIN_NODES = [
     ("group_norm_silu", "an image", "InstanceNormalization"),
     ("quantized_linear", "bias", "DequantizeLinear"),
     ("masked_mean_pool", "token mask", "MatMul"),
+    ("pointwise", "a gate", "Sigmoid"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),
     ("gated_mlp", "gelu", "Gelu"),
     ("quick_gelu", "CLIP", "QuickGelu"),

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphopt.passes.default import pipeline
 from graphopt.passes.merge_convolutions import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -75,6 +76,37 @@ def test_an_image_without_a_batch_is_refused() -> None:
         return m.a(x), m.b(x)
 
     run(PASS, program(forward, **layers()), X[0]).refuses("the input has no batch dimension")
+
+
+class Basic(nn.Sequential):
+    """A convolution with its batch norm and activation."""
+
+    def __init__(self, before: int, after: int, size: int) -> None:
+        conv = nn.Conv2d(before, after, size, padding=size // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(after), nn.ReLU())
+
+
+class Inception(nn.Module):
+    """Szegedy et al., Going deeper with convolutions (arXiv:1409.4842), figure 2b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = Basic(6, 4, 1)
+        self.three = nn.Sequential(Basic(6, 3, 1), Basic(3, 5, 3))
+        self.five = nn.Sequential(Basic(6, 2, 1), Basic(2, 3, 5))
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), Basic(6, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1)
+
+
+def test_an_inception_block() -> None:
+    """Three of the convolutions of 1 by 1 read the block's input; the fourth reads what is pooled."""
+    dynamic = {"x": {0: "batch", 2: "height", 3: "width"}}
+    ran = run(pipeline(3), Inception(), X, dynamic=dynamic)
+    assert ran.kept["merge_convolutions"] == 1
+    ran.counts(conv2d=1, conv_activation=3, batch_norm=0, split_with_sizes=1).agrees(randn(3, 6, 5, 8))
+    run(pipeline(), Inception(), X).counts(conv2d=0, conv_activation=6, split_with_sizes=0)
 
 
 def test_dynamic_sizes() -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphopt.passes import fuse_attention, remove_noops
+from graphopt.passes.default import pipeline
 from graphopt.passes.merge_linears import PASS
 from tests._models import randn
 from tests.passes._harness import Ran, program, run
@@ -175,6 +176,48 @@ def test_heads_with_an_activation_keep_it() -> None:
         return m.q(x).relu(), m.k(x), m.v(x)
 
     assert sorted(merged(run(PASS, program(forward, **layers()), X))) == [8, 16]
+
+
+class Heads(nn.Module):
+    """Classifiers of one pooled vector, one of them with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(8, size) for name, size in (("a", 3), ("b", 4), ("c", 2))}
+        )
+        self.deep = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = self.norm(x).mean(1)
+        found = {name: head(pooled) for name, head in self.heads.items()}
+        return {**found, "d": self.deep(pooled).softmax(-1)}
+
+
+def test_classifiers_of_one_pooled_vector() -> None:
+    ran = run(pipeline(), Heads(), X, dynamic={"x": {0: "batch", 1: "seq"}})
+    ran.counts(linear=2, linear_activation=1, split_with_sizes=1).agrees(randn(3, 2, 8))
+    assert 9 in merged(ran)
+
+
+class SharedExpert(nn.Module):
+    """A mixture's shared expert, its own gate, and the scores of the routed ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"gate": 12, "up": 12, "router": 4, "own": 1}
+        self.read = nn.ModuleDict({name: nn.Linear(8, size, bias=False) for name, size in sizes.items()})
+        self.down = nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        expert = self.down(F.silu(self.read["gate"](x)) * self.read["up"](x))
+        return torch.sigmoid(self.read["own"](x)) * expert, self.read["router"](x).softmax(-1)
+
+
+def test_a_shared_expert_keeps_its_gated_block() -> None:
+    ran = run(pipeline(), SharedExpert(), X, dynamic={"x": {0: "batch", 1: "seq"}})
+    ran.counts(gated_mlp=1, silu=0).agrees(randn(3, 2, 8))
 
 
 def test_keys_and_values_of_two_attentions_stay_apart() -> None:
