@@ -14,12 +14,12 @@ import graphopt.kernels  # noqa: F401  (registers the ops)
 from graphopt.capture.export import capture, from_program
 from graphopt.capture.inputs import Dynamic, example_tensors
 from graphopt.capture.outputs import Outputs, select
-from graphopt.compiler.compare import compare
 from graphopt.compiler.contract import own_outputs
 from graphopt.compiler.evaluate import outputs as evaluated
 from graphopt.compiler.lossy import Budget, LossyManager, Metric, relative_distance
 from graphopt.compiler.manager import Outcome, PassManager
 from graphopt.compiler.pass_ import Pass
+from graphopt.compiler.reference import Reference, computed, output_reference
 from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import InputError
@@ -122,13 +122,13 @@ def optimize(
         )
         outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
-        reference, before = evaluated(base, inputs, float64=True), evaluated(base, inputs)
-        outcome = _verified(outcome, base, inputs, (before, reference), manager)
+        reference = output_reference(base, inputs, MODEL_FLOOR_ULPS)
+        outcome = _verified(outcome, base, inputs, reference, manager)
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("lower", 0.5):
         candidates = plan_candidates(base, outcome.graph, executors, where, remarks)
     with clock.stage("measure", 0.8):
-        chosen = choose(candidates, inputs, (before, reference), where, remarks, timed=effort == "measured")
+        chosen = choose(candidates, inputs, reference, where, remarks, timed=effort == "measured")
     outcome.rewrites[:0] = lossy.rewrites
     report = _report(original, captured, outcome, remarks, chosen, clock)
     report.ops_before, report.loss = ops_before, lossy.loss
@@ -179,13 +179,16 @@ def _within(
 
 
 def _verified(
-    outcome: Outcome, captured: Graph, inputs: Sequence[torch.Tensor], wanted: Any, manager: PassManager
+    outcome: Outcome,
+    captured: Graph,
+    inputs: Sequence[torch.Tensor],
+    reference: Reference,
+    manager: PassManager,
 ) -> Outcome:
     """The rewritten model, compared end to end: verdicts shared between layers are not taken on trust.
 
     Should it differ, every site is verified on its own; should it differ still, nothing is rewritten.
     """
-    before, reference = wanted
     for attempt in (outcome, None):
         if attempt is None:
             manager.remarks.rollback(0)
@@ -193,7 +196,7 @@ def _verified(
             manager.share = False
             attempt = manager.run(captured.clone(), inputs)
         after = evaluated(attempt.graph, inputs)
-        found = compare(before, after, reference, MODEL_FLOOR_ULPS)
+        found = reference.compare(computed(captured, after))
         if found.ok:
             return attempt
     manager.remarks.rollback(0)

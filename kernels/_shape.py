@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from graphopt.ir.graph import same_size
+
 
 def require(condition: object, message: str) -> None:
     """Refuse the arguments of an op.
@@ -51,6 +53,24 @@ def require_weight(op: str, x: torch.Tensor, weight: torch.Tensor | None, name: 
         require_floating(op, **{"x": x, name: weight})
 
 
+def require_residual(op: str, x: torch.Tensor, residual: torch.Tensor) -> None:
+    """Refuse a residual that does not broadcast to x, or of another type where neither is float32.
+
+    Raises:
+        ValueError: the shape or the dtype does not fit.
+    """
+    types = (x.dtype, residual.dtype)
+    wide = torch.promote_types(*types)
+    fits = residual.dtype == x.dtype or (wide == torch.float32 and torch.float32 in types)
+    require(fits, f"{op}: residual is {residual.dtype}, but x is {x.dtype}")
+    missing = x.dim() - residual.dim()
+    fits = missing >= 0 and all(
+        same_size(given, 1) or given == size
+        for given, size in zip(residual.shape, x.shape[missing:], strict=True)
+    )
+    require(fits, f"{op}: residual {shape_of(residual)} does not broadcast to x {shape_of(x)}")
+
+
 def require_last_dim(op: str, x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
     """Refuse per-feature vectors that are not of shape ``(x.shape[-1],)``; None is passed over.
 
@@ -61,6 +81,11 @@ def require_last_dim(op: str, x: torch.Tensor, **vectors: torch.Tensor | None) -
     for name, vector in vectors.items():
         fits = vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[-1])
         require(fits, f"{op}: {name} has shape {shape_of(vector)}, but the last dimension is {x.shape[-1]}")
+
+
+def total_bytes(x: torch.Tensor, residual: torch.Tensor) -> int:
+    """Bytes of ``x + residual`` where the residual broadcasts to x."""
+    return x.numel() * torch.promote_types(x.dtype, residual.dtype).itemsize
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:

@@ -3,7 +3,8 @@
     total = x + residual
     out = (total - mean(total)) / sqrt(var(total) + eps) * weight + bias
 
-Mean and (biased) variance are over the last dimension.
+Mean and (biased) variance are over the last dimension. The residual may be one for all sequences, as position
+embeddings are, and one of the two may be float32 beside a half-precision other: the sum is float32 then.
 
 Source: Ba et al., Layer Normalization (arXiv:1607.06450), equation 4.
 """
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, add_norm
-from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
+from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_residual, total_bytes
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor normed, Tensor total)"
@@ -36,22 +37,21 @@ def _shape(
 
     Args:
         x: (..., D), floating.
-        residual: x's shape and dtype.
+        residual: a shape that broadcasts to x's; x's dtype, or one of the two is float32, the other half.
         weight: (D,), x's dtype; None for ones.
         bias: (D,), x's dtype; None for zeros.
         eps: added to the variance.
 
     Returns:
-        Empty ``out`` and ``total``, both of x's shape.
+        Empty ``out`` of x's dtype and ``total`` of the type that holds both summands, both of x's shape.
 
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    fits = x.shape == residual.shape
-    require(fits, f"add_layer_norm: residual {shape_of(residual)} differs from x {shape_of(x)}")
-    require_floating("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    require_floating("add_layer_norm", x=x, weight=weight, bias=bias)
     require_last_dim("add_layer_norm", x, weight=weight, bias=bias)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    require_residual("add_layer_norm", x, residual)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 def _reference(
@@ -62,7 +62,8 @@ def _reference(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = (x + residual).contiguous()
-    return F.layer_norm(total, x.shape[-1:], weight_D, bias_D, eps), total
+    weight_D, bias_D = (None if v is None else v.to(total.dtype) for v in (weight_D, bias_D))
+    return F.layer_norm(total, x.shape[-1:], weight_D, bias_D, eps).to(x.dtype), total
 
 
 def _cost(
@@ -73,7 +74,7 @@ def _cost(
     eps: float,
 ) -> Cost:
     """Nine operations an element: the sum, two a statistic, four to normalise, scale and shift."""
-    return Cost(flops=9.0 * x.numel(), bytes=nbytes(x, residual, weight, bias, x, x))
+    return Cost(flops=9.0 * x.numel(), bytes=nbytes(x, residual, weight, bias, x) + total_bytes(x, residual))
 
 
 def _onnx(x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float) -> tuple[Any, Any]:
@@ -90,11 +91,16 @@ def _samples() -> Iterator[Sample]:
     yield Sample((x[:, :, None], residual[:, :, None], weight, bias, 1e-5), label="four dimensions")
     yield Sample((torch.randn(3, 7, 5), torch.randn(3, 7, 5), None, torch.randn(5), 1e-5), label="odd sizes")
     yield Sample((1e4 * x, residual, weight, bias, 1e-5), label="large magnitudes")
+    yield Sample((x, residual[:1], weight, bias, 1e-5), label="a residual for all sequences")
+    yield Sample((x, residual[0], weight, None, 1e-5), label="a residual of fewer dimensions")
+    yield Sample((x, residual[:, :1], None, None, 1e-5), label="a residual for all positions")
 
 
 def _bad_samples() -> Iterator[BadSample]:
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
-    yield BadSample((x, x[:1], weight, None, 1e-5), match="differs from x")
+    yield BadSample((x, x[:, :2], weight, None, 1e-5), match="does not broadcast to x")
+    yield BadSample((x[:1], x, weight, None, 1e-5), match="does not broadcast to x")
+    yield BadSample((x, x.double(), weight, None, 1e-5), match="residual is torch.float64")
     yield BadSample((x, x, weight[:8], None, 1e-5), match=r"weight has shape \(8,\)")
     yield BadSample((x, x, weight, weight.double(), 1e-5), match="bias is torch.float64")
 

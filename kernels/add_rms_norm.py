@@ -3,7 +3,8 @@
     total = x + residual
     out = total / sqrt(mean(total**2) + eps) * weight
 
-The mean is over the last dimension, taken in float32 or better.
+The mean is over the last dimension, taken in float32 or better. The residual may be one for all sequences,
+and one of the two may be float32 beside a half-precision other: the sum is float32 then.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv:1910.07467), equation 4.
 """
@@ -20,11 +21,11 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, add_norm
 from graphopt.kernels._shape import (
     nbytes,
-    require,
     require_floating,
     require_last_dim,
+    require_residual,
     require_weight,
-    shape_of,
+    total_bytes,
 )
 
 SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor normed, Tensor total)"
@@ -37,36 +38,35 @@ def _shape(
 
     Args:
         x: (..., D), floating.
-        residual: x's shape and dtype.
+        residual: a shape that broadcasts to x's; x's dtype, or one of the two is float32, the other half.
         weight: (D,), x's dtype or float32; None for ones.
         eps: added to the mean square.
 
     Returns:
-        Empty ``out`` and ``total``, both of x's shape and dtype.
+        Empty ``out`` of x's dtype and ``total`` of the type that holds both summands, both of x's shape.
 
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    fits = x.shape == residual.shape
-    require(fits, f"add_rms_norm: residual {shape_of(residual)} differs from x {shape_of(x)}")
-    require_floating("add_rms_norm", x=x, residual=residual)
+    require_floating("add_rms_norm", x=x)
     require_weight("add_rms_norm", x, weight)
     require_last_dim("add_rms_norm", x, weight=weight)
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    require_residual("add_rms_norm", x, residual)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 def _reference(
     x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = (x + residual).contiguous()
-    wide = total if weight_D is None else total.to(torch.promote_types(x.dtype, weight_D.dtype))
+    wide = total if weight_D is None else total.to(torch.promote_types(total.dtype, weight_D.dtype))
     weight_D = None if weight_D is None else weight_D.to(wide.dtype)
     return F.rms_norm(wide, x.shape[-1:], weight_D, eps).to(x.dtype), total
 
 
 def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Cost:
     """Five operations an element: the sum, two for the mean square, two to scale."""
-    return Cost(flops=5.0 * x.numel(), bytes=nbytes(x, residual, weight, x, x))
+    return Cost(flops=5.0 * x.numel(), bytes=nbytes(x, residual, weight, x) + total_bytes(x, residual))
 
 
 def _onnx(x: Value, residual: Value, weight: Value | None, eps: float) -> tuple[Any, Any]:
@@ -82,11 +82,15 @@ def _samples() -> Iterator[Sample]:
     yield Sample((x[:, :, None], residual[:, :, None], weight, 1e-6), label="four dimensions")
     yield Sample((torch.randn(3, 7, 5), torch.randn(3, 7, 5), torch.randn(5), 1e-6), label="odd sizes")
     yield Sample((1e3 * x, residual, weight, 1e-6), label="large magnitudes")
+    yield Sample((x, residual[:1], weight, 1e-6), label="a residual for all sequences")
+    yield Sample((x, residual[0], None, 1e-6), label="a residual of fewer dimensions")
+    yield Sample((x, residual[:, :1], weight, 1e-6), label="a residual for all positions")
 
 
 def _bad_samples() -> Iterator[BadSample]:
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
-    yield BadSample((x, x[:1], weight, 1e-6), match="differs from x")
+    yield BadSample((x, x[:, :2], weight, 1e-6), match="does not broadcast to x")
+    yield BadSample((x[:1], x, weight, 1e-6), match="does not broadcast to x")
     yield BadSample((x, x, weight[:8], 1e-6), match=r"weight has shape \(8,\)")
     yield BadSample((x, x.double(), weight, 1e-6), match="residual is torch.float64")
 

@@ -34,7 +34,6 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool is_causal=False, float? scale=None,"
     " float? softcap=None, float? fill=None) -> Tensor"
 )
-_FEW = 2**13  # numbers: fewer than a sequence of 8 has at a width of 512
 SWALLOWS = -1e30  # adding any score to a number below this one gives that number, in 24 bits and more
 
 
@@ -103,11 +102,8 @@ def _reference(
 ) -> torch.Tensor:
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    few = query_BSHD.device.type == "cpu" and query_BSHD.numel() + key_BTKD.numel() <= _FEW
-    if few or softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):
-        # Two float32 kernels may differ by 40 ulp where scores are of order 10, which the verification of a
-        # small region would take for a fault. Larger ones average, and there float64 would take its time.
-        wide = torch.float64 if few else torch.promote_types(query_BSHD.dtype, torch.float32)
+    if softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):
+        wide = torch.promote_types(query_BSHD.dtype, torch.float32)
         scores = (query_BSHD.to(wide), key_BTKD.to(wide), mask, is_causal, scale, softcap, fill)
         return _weighted(_weights(*scores), value_BTKE.to(wide)).to(query_BSHD.dtype)
     empty = None

@@ -152,6 +152,8 @@ def _bare(graph: Graph, operand: Operand) -> tuple[Operand, float]:
             break
         source, by = scaled
         factor, operand = factor * by, replace(operand, node=source)
+    if operand.view is not None:
+        return operand, factor
     view: Any = operand.node
     scaled = _scaled(graph, view.args[0]) if view.target is aten.reshape.default else None
     if scaled is not None:
@@ -213,11 +215,12 @@ def _in_factors(operand: Operand, lead: Sizes, factors: Sizes) -> Operand:
     if name not in operand.axes:
         return operand
     at = operand.axes.index(name)
-    source = before_join(operand.node, at, list(factors.values())) if operand.view is None else None
+    source = before_join(operand.view or operand.node, at, list(factors.values()))
     names = (JOINED,) if source is None else tuple(factors)
-    return Operand(
-        source or operand.node, (*operand.axes[:at], *names, *operand.axes[at + 1 :]), operand.view
-    )
+    axes = (*operand.axes[:at], *names, *operand.axes[at + 1 :])
+    if source is None:
+        return replace(operand, axes=axes)
+    return Operand(source if operand.view is None else operand.node, axes)  # a scale keeps the shape
 
 
 def _root(

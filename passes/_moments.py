@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,50 +19,9 @@ from torch import fx
 from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import argument
 from graphopt.passes._ranges import as_uniform
+from graphopt.passes._terms import Term, added, negated, power, product
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Term:
-    """scale * weight * u ** rows * mean ** means * (S + eps) ** power.
-
-    Args:
-        scale: a literal factor.
-        weight: the node of one value for each normalised position, or None for ones.
-        rows: the power of u.
-        means: the power of the mean of the tensor.
-        power: the power of S + eps.
-        eps: what is added to S.
-        centred: u is the tensor less its mean, and S its variance.
-        kept: a statistic lines up with the tensor's dimensions.
-        flaw: why this is no norm although it looks like one.
-    """
-
-    scale: float = 1.0
-    weight: fx.Node | None = None
-    rows: float = 0
-    means: float = 0
-    power: float = 0.0
-    eps: float = 0.0
-    centred: bool = False
-    kept: bool = True
-    flaw: str = ""
-
-    @property
-    def is_tensor(self) -> bool:
-        """The tensor itself, whatever its type."""
-        return self == Term(rows=1)
-
-    @property
-    def is_normalised(self) -> bool:
-        """u / sqrt(S + eps), up to a factor."""
-        return (self.rows, self.means, self.power) == (1, 0, -0.5)
-
-    @property
-    def is_statistic(self) -> bool:
-        """A power of S + eps."""
-        return not self.rows and not self.means and self.power != 0 and self.weight is None
 
 
 class Moments:
@@ -191,73 +150,6 @@ def _is_dot(node: fx.Node) -> bool:
     return left == right and left[:-1] == output and len(operands) == 2 and operands[0] is operands[1]  # type: ignore[arg-type, index]
 
 
-def _power(term: Term | None, exponent: float) -> Term | None:
-    """A term to a power; a root of a negative factor, and what is no square of rows, is none."""
-    if term is None or term.weight is not None or not term.scale:
-        return None
-    if term.scale < 0 and exponent != int(exponent):
-        return None
-    rows, means = term.rows * exponent, term.means * exponent
-    if rows not in (0, 1, 2) or means not in (0, 1, 2):
-        return None
-    return replace(term, scale=term.scale**exponent, rows=rows, means=means, power=term.power * exponent)
-
-
-def _product(left: Term | None, right: Term | None) -> Term | None:
-    if left is None or right is None:
-        return None
-    weight = left.weight or right.weight
-    if (left.weight and right.weight) or ((left.means or right.means) and weight):
-        return None
-    if not (left.kept and right.kept) and (left.rows or right.rows or weight):
-        return None
-    if (left.means or right.means) and (left.rows or right.rows or left.power or right.power):
-        return None
-    told = [term for term in (left, right) if term.rows or term.power]
-    if len({term.centred for term in told}) > 1:
-        return None
-    if left.power and right.power and left.eps != right.eps:
-        return None
-    if left.rows + right.rows > 2:
-        return None
-    return Term(
-        left.scale * right.scale,
-        weight,
-        left.rows + right.rows,
-        left.means + right.means,
-        left.power + right.power,
-        left.eps or right.eps,
-        any(term.centred for term in told),
-        left.kept and right.kept,
-        left.flaw or right.flaw,
-    )
-
-
-def _sum(left: Term | None, right: Term | None) -> Term | None:
-    """Centring, the difference of E[x^2] and E[x]^2, and the addition of eps."""
-    if left is None or right is None or left.weight or right.weight:
-        return None
-    for this, other in ((left, right), (right, left)):
-        if this.is_statistic and other == Term(scale=other.scale):
-            return _plus(this, other.scale)
-        opposite = math.isclose(this.scale, -other.scale, rel_tol=1e-9) and not this.centred
-        tensor = (this.rows, this.means, this.power) == (1, 0, 0)
-        if opposite and tensor and (other.rows, other.means, other.power) == (0, 1, 0) and other.kept:
-            return replace(this, centred=True)
-        square = (this.rows, this.means, this.power, this.eps) == (0, 0, 1, 0)
-        if opposite and square and (other.rows, other.means, other.power) == (0, 2, 0):
-            return replace(this, centred=True)
-    return None
-
-
-def _plus(term: Term, number: float) -> Term | None:
-    if term.power == 1 and term.scale > 0 and number >= 0:
-        return replace(term, eps=term.eps + number / term.scale)
-    if term.power == 0.5:
-        return replace(term, flaw="eps is added to the root, not to what it is the root of")
-    return None
-
-
 def _binary(combine: Callable[[Term | None, Term | None], Term | None], inverse: Any = None) -> Any:
     def rule(moments: Moments, node: fx.Node) -> Term | None:
         left, right = (moments.term(value) for value in node.args[:2])
@@ -268,14 +160,10 @@ def _binary(combine: Callable[[Term | None, Term | None], Term | None], inverse:
     return rule
 
 
-def _negated(term: Term | None) -> Term | None:
-    return None if term is None else replace(term, scale=-term.scale)
-
-
 def _raised(exponent: float | None = None) -> Any:
     def rule(moments: Moments, node: fx.Node) -> Term | None:
         by = moments.literal(node.args[1]) if exponent is None else exponent
-        return None if by is None else _power(moments.term(node.args[0]), by)
+        return None if by is None else power(moments.term(node.args[0]), by)
 
     return rule
 
@@ -311,7 +199,7 @@ def _reduced(of_rows: Callable[[Moments, fx.Node, Term], Term | None]) -> Any:
     def rule(moments: Moments, node: fx.Node) -> Any:
         term = moments.term(node.all_input_nodes[0])
         if node.target is aten.einsum.default:
-            term = _power(term, 2)
+            term = power(term, 2)
         same_dims = term is not None and term.rows and dims_of(node) == moments.dims
         if term is None or not same_dims or term.power or term.means or term.weight or not term.kept:
             return None
@@ -349,7 +237,7 @@ def _variance(moments: Moments, node: fx.Node, term: Term) -> Term | None:
 
 
 def _deviation(moments: Moments, node: fx.Node, term: Term) -> Term | None:
-    return _power(_variance(moments, node, term), 0.5)
+    return power(_variance(moments, node, term), 0.5)
 
 
 def _variance_and_mean(moments: Moments, node: fx.Node, term: Term) -> Any:
@@ -388,11 +276,11 @@ REDUCTIONS: dict[Any, Any] = {
 
 _RULES: dict[Any, Callable[[Moments, fx.Node], Any]] = {
     **REDUCTIONS,
-    aten.mul.Tensor: _binary(_product),
-    aten.div.Tensor: _binary(_product, lambda term: _power(term, -1)),
-    aten.add.Tensor: _binary(_sum),
-    aten.sub.Tensor: _binary(_sum, _negated),
-    aten.neg.default: lambda moments, node: _negated(moments.term(node.args[0])),
+    aten.mul.Tensor: _binary(product),
+    aten.div.Tensor: _binary(product, lambda term: power(term, -1)),
+    aten.add.Tensor: _binary(added),
+    aten.sub.Tensor: _binary(added, negated),
+    aten.neg.default: lambda moments, node: negated(moments.term(node.args[0])),
     aten.pow.Tensor_Scalar: _raised(),
     aten.square.default: _raised(2),
     aten.sqrt.default: _raised(0.5),

@@ -12,7 +12,8 @@ from torch import fx
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape, users_outside
 from graphopt.ir.pattern import Match, argument
-from graphopt.passes._moments import REDUCTIONS, Moments, Term, dims_of, is_vector, tensor_behind, widens
+from graphopt.passes._moments import REDUCTIONS, Moments, dims_of, is_vector, tensor_behind, widens
+from graphopt.passes._terms import Term
 
 aten = torch.ops.aten
 

@@ -147,7 +147,7 @@ def permuted_axes(node: fx.Node) -> tuple[int, ...] | None:
 
 def behind_transposes(operand: Operand) -> Operand:
     """The operand before its axes were reordered, inserted with size 1, or repeated."""
-    while True:
+    while operand.view is None:
         node, axes = operand.node, operand.axes
         source: Any = node.args[0] if node.op == "call_function" and node.args else None
         order = permuted_axes(node)
@@ -162,7 +162,8 @@ def behind_transposes(operand: Operand) -> Operand:
             pairs = zip(axes[added:], sizes, node.meta["val"].shape[added:], strict=True)
             operand = Operand(source, tuple(n if same_size(a, b) else REPEATED for n, a, b in pairs))
         else:
-            return operand
+            break
+    return operand
 
 
 def _at(node: fx.Node) -> int:

@@ -1,5 +1,8 @@
 """matmul(x, w) -> linear(x, w^T), and einsum("bsd,dhk->bshk", x, w) -> reshape(linear(x, w')): one layout.
 
+So it is where many weights meet one value, as the experts of a mixture do:
+matmul(unsqueeze(x), w), w of three dimensions -> permute(reshape(linear(x, w'))).
+
 A product with a constant is a projection, whatever the order of its weight's dimensions. A transposed weight
 is a view: its memory stays the model's own, and ONNX's Gemm reads it as it lies. Only a weight whose
 dimensions an einsum mixes is copied, once, at compile time.
@@ -24,6 +27,7 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match
+from graphopt.passes._products import REPEATED, as_product, behind_transposes
 
 aten = torch.ops.aten
 
@@ -38,10 +42,12 @@ class _Layout:
     Args:
         order: its dimensions: first those of the result, then those that are summed over.
         made: how many are of the result.
+        result: where the result's dimensions lie when x's come first and the weight's last; None for there.
     """
 
     order: tuple[int, ...]
     made: int
+    result: tuple[int, ...] | None = None
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
@@ -51,6 +57,10 @@ def pattern(graph: Graph) -> Iterator[Match]:
             x, w = (None, None) if node._erased else node.args[:2]
             if _is_weight(graph, x, w) and w.meta["val"].dim() == 2:  # type: ignore[union-attr]
                 yield Match(graph, node, (node,), {"x": x, "w": w, "layout": _Layout((1, 0), 1)})
+    for target in (aten.matmul.default, aten.bmm.default):
+        for node in graph.fx.find_nodes(op="call_function", target=target):
+            if not node._erased:
+                yield from _of_many_weights(graph, node)
     for node in graph.fx.find_nodes(op="call_function", target=aten.einsum.default):
         operands: Any = () if node._erased else node.args[1]
         found = _EQUATION.fullmatch(str(node.args[0]).replace(" ", "")) if len(operands) == 2 else None
@@ -64,14 +74,30 @@ def pattern(graph: Graph) -> Iterator[Match]:
             yield Match(graph, node, (node,), {"x": operands[0], "w": operands[1], "layout": layout})
 
 
+def _of_many_weights(graph: Graph, node: fx.Node) -> Iterator[Match]:
+    """A product of several weights with one value, which is repeated for it."""
+    product = as_product(node)
+    if product is None or graph.constant(product.right.node) is None or len(product.right.axes) < 3:
+        return
+    value = behind_transposes(product.left)
+    sides = (value.axes, product.right.axes, product.axes)
+    if any(REPEATED in side for side in sides[:2]) or graph.constant(value.node) is not None:
+        return
+    letters = {name: chr(ord("a") + i) for i, name in enumerate((*product.axes, product.summed))}
+    x, w, result = ("".join(letters[name] for name in side) for side in sides)
+    layout = _layout(x, w, result, len(x))
+    if layout is not None:
+        yield Match(graph, node, (node,), {"x": value.node, "w": product.right.node, "layout": layout})
+
+
 def _is_weight(graph: Graph, x: Any, w: Any) -> bool:
     return isinstance(x, fx.Node) and graph.constant(x) is None and graph.constant(w) is not None
 
 
 def check(match: Match) -> str | None:
-    """The weight must meet the last dimensions of the value, and make the last of the result."""
+    """The weight must meet the last dimensions of the value, and share no dimension with the result."""
     if match["layout"] is None:
-        return "the weight does not meet the last dimensions and make the last ones of the result"
+        return "the weight does not meet the last dimensions, or is another one for each row"
     if not match.val("w").dtype.is_floating_point or match.val("w").dtype != match.val("x").dtype:
         return f"a {match.val('w').dtype} weight multiplies {match.val('x').dtype}"
     return None
@@ -93,6 +119,8 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     result = rewriter.call(aten.linear.default, x, node)
     if layout.made > 1:
         result = rewriter.call(aten.reshape.default, result, [*kept, *made])
+    if layout.result is not None:
+        result = rewriter.call(aten.permute.default, result, list(layout.result))
     rewriter.replace(match.root, result)
 
 
@@ -115,9 +143,15 @@ def _layout(x: str, w: str, result: str, rank: int) -> _Layout | None:
     made = "".join(index for index in result if index in w)
     summed = "".join(index for index in x if index in w)
     kept = x.removesuffix(summed)
-    if not made or not summed or (kept + summed, kept + made) != (x, result) or {*made, *summed} != {*w}:
+    if not made or not summed or set(made) & set(summed) or {*made, *summed} != {*w}:
         return None
-    return _Layout(tuple(w.index(index) for index in made + summed), len(made))
+    if kept + summed != x or {*kept, *made} != {*result}:
+        return None
+    lies = tuple((kept + made).index(index) for index in result)
+    moved = lies != tuple(range(len(result)))
+    if moved and dots:
+        return None
+    return _Layout(tuple(w.index(index) for index in made + summed), len(made), lies if moved else None)
 
 
 PASS = register(Pass("fold_weight_layout", "fold", pattern, rewrite, check))

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
 
 import torch
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.pattern import ANY, Call, Match, Var
+from graphopt.ir.graph import Graph
+from graphopt.ir.pattern import Match
 from graphopt.kernels.add_layer_norm import OP as ADD_LAYER_NORM
-from graphopt.passes._residual import refuse_residual
-from graphopt.passes._scalars import number, tensor
+from graphopt.passes._residual import refuse_residual, replace, sums
 
-aten = torch.ops.aten
 
-pattern = Call(
-    aten.layer_norm.default,
-    Call(aten.add.Tensor, tensor("x"), tensor("r"), name="sum"),
-    Var("shape"),
-    Var("w"),
-    Var("b"),
-    number("eps"),
-    cudnn_enable=ANY,
-)
+def pattern(graph: Graph) -> Iterator[Match]:
+    """Every layer norm of a sum."""
+    norm = torch.ops.aten.layer_norm.default
+    return sums(graph, norm, shape="normalized_shape", w="weight", b="bias", eps="eps")
 
 
 def check(match: Match) -> str | None:
-    """One normalised dimension; summands of one shape and type."""
+    """One normalised dimension; summands that the op can add."""
     if len(match["shape"]) != 1:
         return f"{len(match['shape'])} dimensions are normalised together"
     return refuse_residual(match)
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
-    """One op; whoever read the sum reads the op's second output."""
-    args = (match["x"], match["r"], match["w"], match["b"], float(match["eps"]))
-    both = rewriter.call(ADD_LAYER_NORM.overload, *args)
-    rewriter.replace(match.root, rewriter.call(operator.getitem, both, 0))
-    rewriter.replace(match["sum"], rewriter.call(operator.getitem, both, 1))
+    """The sum is read once instead of twice."""
+    replace(rewriter, match, ADD_LAYER_NORM, match["w"], match["b"], float(match["eps"]))
 
 
 PASS = register(Pass("fuse_add_layer_norm", "fuse", pattern, rewrite, check))

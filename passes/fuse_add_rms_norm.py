@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import operator
-
-import torch
+from collections.abc import Iterator
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.pattern import Call, Match, Var
+from graphopt.ir.graph import Graph
+from graphopt.ir.pattern import Match
 from graphopt.kernels.add_rms_norm import OP as ADD_RMS_NORM
 from graphopt.kernels.rms_norm import OP as RMS_NORM
-from graphopt.passes._residual import refuse_residual
-from graphopt.passes._scalars import number, tensor
+from graphopt.passes._residual import refuse_residual, replace, sums
 
-pattern = Call(
-    RMS_NORM.overload,
-    Call(torch.ops.aten.add.Tensor, tensor("x"), tensor("r"), name="sum"),
-    Var("w"),
-    number("eps"),
-)
+
+def pattern(graph: Graph) -> Iterator[Match]:
+    """Every RMS norm of a sum."""
+    return sums(graph, RMS_NORM.overload, w="weight", eps="eps")
 
 
 def rewrite(rewriter: Rewriter, match: Match) -> None:
-    """One op; whoever read the sum reads the op's second output."""
-    both = rewriter.call(ADD_RMS_NORM.overload, match["x"], match["r"], match["w"], match["eps"])
-    rewriter.replace(match.root, rewriter.call(operator.getitem, both, 0))
-    rewriter.replace(match["sum"], rewriter.call(operator.getitem, both, 1))
+    """The sum is read once instead of twice."""
+    replace(rewriter, match, ADD_RMS_NORM, match["w"], match["eps"])
 
 
 PASS = register(Pass("fuse_add_rms_norm", "fuse", pattern, rewrite, refuse_residual))

@@ -12,7 +12,7 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import Match, argument, shared_inside
 from graphopt.kernels.gated_mlp import OP as GATED_MLP
 
@@ -24,6 +24,8 @@ _ACTIVATIONS = {
     aten.relu.default: "relu",
     aten.sigmoid.default: "sigmoid",
 }
+
+_VIEWS = (aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def pattern(graph: Graph) -> Iterator[Match]:
             product = None if act._erased else next(iter(act.users), None)
             if product is not None and product.target is aten.mul.Tensor and not product.kwargs:
                 other = product.args[1] if product.args[0] is act else product.args[0]
-                yield from _of(graph, product, _projection(act.args[0]), _projection(other), (act,))
+                gate, up, views = _behind_views(act.args[0], other)
+                yield from _of(graph, product, _projection(gate), _projection(up), act, views)
     for glu in graph.fx.find_nodes(op="call_function", target=aten.glu.default):
         whole = None if glu._erased else _projection(glu.args[0])
         if whole is not None and whole.part is None and _is_last(glu, argument(glu, "dim")):
@@ -58,16 +61,45 @@ def pattern(graph: Graph) -> Iterator[Match]:
             up, gate = (
                 Projection(whole.linear, whole.nodes, half, (start, start + half, 1)) for start in (0, half)
             )
-            yield from _of(graph, glu, gate, up, ())
+            yield from _of(graph, glu, gate, up)
 
 
 def _of(
-    graph: Graph, root: fx.Node, gate: Projection | None, up: Projection | None, acts: tuple[fx.Node, ...]
+    graph: Graph,
+    root: fx.Node,
+    gate: Projection | None,
+    up: Projection | None,
+    act: fx.Node | None = None,
+    views: tuple[fx.Node, ...] = (),
 ) -> Iterator[Match]:
     if gate is None or up is None or gate.linear.args[0] is not up.linear.args[0]:
         return
-    nodes = tuple(sorted({*gate.nodes, *up.nodes, *acts, root}))
-    yield Match(graph, root, nodes, {"x": gate.linear.args[0], "gate": gate, "up": up, "acts": acts})
+    nodes = tuple(sorted({*gate.nodes, *up.nodes, *views, root} | ({act} if act is not None else set())))
+    bound = {"x": gate.linear.args[0], "gate": gate, "up": up, "act": act, "views": views}
+    yield Match(graph, root, nodes, bound)
+
+
+def _behind_views(gate: Any, up: Any) -> tuple[Any, Any, tuple[fx.Node, ...]]:
+    """Both sides before the views that are taken of both alike, as of the heads of a mixture of experts."""
+    views: list[fx.Node] = []
+    while _are_one_view(gate, up):
+        views += [up, gate]
+        gate, up = gate.args[0], up.args[0]
+    return gate, up, tuple(views)
+
+
+def _are_one_view(one: Any, two: Any) -> bool:
+    if not all(
+        isinstance(node, fx.Node) and node.target in _VIEWS and not node.kwargs for node in (one, two)
+    ):
+        return False
+    pairs = [(one.args[0], two.args[0])]
+    if one.target is aten.reshape.default:
+        pairs.append((one, two))  # the sizes may be other nodes
+    elif one.args[1:] != two.args[1:]:
+        return False
+    alike = all(same_shape(a.meta["val"].shape, b.meta["val"].shape) for a, b in pairs)
+    return one.target is two.target and alike
 
 
 def _projection(node: Any) -> Projection | None:
@@ -117,7 +149,10 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     """One op; two weights stay two, so that they are shared with the model, and of one both are views."""
     sides = (match["gate"], match["up"])
     args = [_rows(rewriter, side, name) for name in ("weight", "bias") for side in sides]
-    rewriter.replace(match.root, rewriter.call(GATED_MLP.overload, match["x"], *args, _activation(match)))
+    gated = rewriter.call(GATED_MLP.overload, match["x"], *args, _activation(match))
+    for view in reversed(match["views"][::2]):
+        gated = rewriter.call(view.target, gated, *view.args[1:])
+    rewriter.replace(match.root, gated)
 
 
 def _rows(rewriter: Rewriter, side: Projection, name: str) -> fx.Node | None:
@@ -129,9 +164,9 @@ def _rows(rewriter: Rewriter, side: Projection, name: str) -> fx.Node | None:
 
 
 def _activation(match: Match) -> str:
-    if not match["acts"]:
+    act = match["act"]
+    if act is None:
         return "sigmoid"
-    (act,) = match["acts"]
     if act.target is aten.gelu.default and argument(act, "approximate") == "tanh":
         return "gelu_tanh"
     return _ACTIVATIONS[act.target]

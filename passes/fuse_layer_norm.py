@@ -10,7 +10,7 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match, argument
-from graphopt.passes._moments import Term, widens
+from graphopt.passes._moments import widens
 from graphopt.passes._norms import (
     cast,
     common_dtype,
@@ -22,6 +22,7 @@ from graphopt.passes._norms import (
     unwidened,
     vector,
 )
+from graphopt.passes._terms import Term
 
 aten = torch.ops.aten
 

@@ -11,8 +11,9 @@ from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match, argument
 from graphopt.kernels.rms_norm import OP as RMS_NORM
-from graphopt.passes._moments import Term, widens
+from graphopt.passes._moments import widens
 from graphopt.passes._norms import cast, last, norms, operand_dtype, refuse_norm, tailed, vector
+from graphopt.passes._terms import Term
 
 aten = torch.ops.aten
 

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 _MAX_ROWS = 8192  # of a product that is still narrow enough to gain: a vocabulary head is not merged
 _MAX_COPY = 1 << 20  # bytes of a weight that may be kept twice, because others read it too
 
-_Key = tuple[Any, bool, torch.dtype]  # the input, whether there is a bias, the type
+_Key = tuple[Any, torch.dtype]  # the input, and the type
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
@@ -68,8 +68,10 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     biases = [argument(node, "bias") for node in match.nodes]
     weight = rewriter.constant(_stack(match.graph, weights), weights, "stacked")
     bias = None
-    if biases[0] is not None:
-        bias = rewriter.constant(_stack(match.graph, biases), biases, "stacked")
+    if any(node is not None for node in biases):
+        own = [node for node in biases if node is not None]
+        how = "stacked" if len(own) == len(biases) else "stacked, with zeros where there is none"
+        bias = rewriter.constant(_stacked_biases(match.graph, weights, biases), own, how)
     product = rewriter.call(aten.linear.default, match["x"], weight, bias)
     sizes = [node.meta["val"].shape[-1] for node in match.nodes]
     parts = rewriter.call(aten.split_with_sizes.default, product, sizes, -1)
@@ -82,8 +84,7 @@ def _groups(graph: Graph, linears: list[fx.Node]) -> Iterator[Match]:
     groups: dict[_Key, list[fx.Node]] = defaultdict(list)
     for linear in dict.fromkeys(linears):
         if not linear._erased and argument(linear, "weight").meta["val"].dim() == 2:
-            no_bias = argument(linear, "bias") is None
-            groups[linear.args[0], no_bias, linear.meta["val"].dtype].append(linear)
+            groups[linear.args[0], linear.meta["val"].dtype].append(linear)
     for group in groups.values():
         if len(group) > 1:
             members = tuple(sorted(group))
@@ -97,6 +98,16 @@ def _has_epilogue(linear: fx.Node) -> bool:
 
 def _stack(graph: Graph, nodes: list[fx.Node]) -> torch.Tensor:
     return torch.cat([part for node in nodes if (part := graph.constant(node)) is not None])
+
+
+def _stacked_biases(graph: Graph, weights: list[fx.Node], biases: list[fx.Node | None]) -> torch.Tensor:
+    """The biases one behind the other, zeros for a layer without (Whisper's keys have none)."""
+    parts = []
+    for weight, bias in zip(weights, biases, strict=True):
+        own, matrix = graph.constant(bias), graph.constant(weight)
+        assert matrix is not None
+        parts.append(matrix.new_zeros(matrix.shape[0]) if own is None else own)
+    return torch.cat(parts)
 
 
 def _projection(node: Any) -> fx.Node | None:

@@ -75,4 +75,4 @@ def _symbolic(match: Match) -> dict[int, int | None]:
     }
 
 
-PASS = register(Pass("merge_reshapes", "prune", pattern, rewrite, check))
+PASS = register(Pass("merge_reshapes", "prune", pattern, rewrite, check, opens=("fold_sizes",)))

@@ -16,7 +16,12 @@ _CACHE_BYTES = 256 * 2**20
 
 
 def evaluate(
-    graph: Graph, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any], *, float64: bool = False
+    graph: Graph,
+    wanted: Sequence[fx.Node],
+    given: Mapping[fx.Node, Any],
+    *,
+    float64: bool = False,
+    noise: torch.Generator | None = None,
 ) -> list[Any]:
     """Compute nodes from the values of other nodes, running nothing that is not needed.
 
@@ -26,6 +31,8 @@ def evaluate(
         given: values to start from: at least the placeholders that the wanted nodes depend on.
         float64: run every floating tensor and every explicit floating cast in float64, which gives the
             reference that both sides of a rewrite are compared with.
+        noise: round every computed value at random, by up to half a unit in the last place: what then differs
+            from run to run is what rounding alone decides (Monte Carlo arithmetic: Parker, 1997).
 
     Returns:
         The values of the wanted nodes, in order.
@@ -46,6 +53,8 @@ def evaluate(
             if node.op == "get_attr":
                 continue
             values[node] = _call_float64(node, read) if float64 else _call(node, read)
+            if noise is not None and not _is_view(node):
+                values[node] = pytree.tree_map(lambda v: _rounded(v, noise), values[node])
             for source in node.all_input_nodes:
                 if source in reads and source.op != "get_attr":
                     reads[source] -= 1
@@ -54,13 +63,34 @@ def evaluate(
     return [read(node) for node in wanted]
 
 
-def outputs(graph: Graph, inputs: Sequence[torch.Tensor], *, float64: bool = False) -> list[Any]:
+def outputs(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    *,
+    float64: bool = False,
+    noise: torch.Generator | None = None,
+) -> list[Any]:
     """What a graph returns for flat tensor inputs, literals and repeated outputs included."""
     results: Any = graph.output.args[0]
     wanted = [result for result in results if isinstance(result, fx.Node)]
     given = dict(zip(graph.placeholders, inputs, strict=True))
-    found = iter(evaluate(graph, wanted, given, float64=float64))
+    found = iter(evaluate(graph, wanted, given, float64=float64, noise=noise))
     return [next(found) if isinstance(result, fx.Node) else result for result in results]
+
+
+def _is_view(node: fx.Node) -> bool:
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(value.alias_info is not None for value in returns)
+
+
+def _rounded(value: Any, noise: torch.Generator) -> Any:
+    """A value with each number moved by up to half a unit in the last place; infinities and fills stay."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    info = torch.finfo(value.dtype)
+    factor = torch.rand(value.shape, generator=noise, dtype=torch.float64).sub_(0.5).mul_(info.eps).add_(1.0)
+    moved = (value.double() * factor.to(value.device)).to(value.dtype)
+    return torch.where(value.abs() < 0.25 * info.max, moved, value)
 
 
 def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
@@ -73,7 +103,7 @@ def _call_float64(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
     args, kwargs = pytree.tree_map(_float64_argument, fx.map_arg((node.args, node.kwargs), read))
     try:
         found = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+    except (RuntimeError, ValueError, AssertionError):  # NotImplementedError is a RuntimeError
         found = _call(node, lambda source: _narrowed(read(source), source.meta["val"]))
     return widen(found)
 

@@ -10,9 +10,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from graphopt.compiler.compare import Comparison, compare
+from graphopt.compiler.compare import Comparison
 from graphopt.compiler.evaluate import Activations, evaluate
 from graphopt.compiler.hostile import hostile_inputs
+from graphopt.compiler.reference import Reference
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
 from graphopt.ir.graph import Graph, is_symbolic
@@ -61,14 +62,12 @@ class Verifier:
         for label, values in [("the example inputs", real), *hostile_inputs(real, varies)]:
             given = dict(zip(sources, values, strict=True))
             try:
-                before = evaluate(self.graph, old, given)
+                reference = Reference(self.graph, old, given, REGION_FLOOR_ULPS)
             except RuntimeError:  # view_as_complex of what is not contiguous
                 if values is real:
                     raise
                 continue  # the original refuses such inputs too
-            reference = evaluate(self.graph, old, given, float64=True)
-            after = evaluate(self.graph, new, given)
-            found = compare(before, after, reference, REGION_FLOOR_ULPS)
+            found = reference.compare(evaluate(self.graph, new, given))
             if not found.ok:
                 reason = f"on {label}: {found.reason}"
                 return Comparison(found.error_before, found.error_after, False, reason)
@@ -88,7 +87,7 @@ def frontier(rewriter: Rewriter) -> list[fx.Node]:
     staged = set(rewriter.staged)
     read = {source for node in rewriter.staged for source in node.all_input_nodes} - staged
     region.update(new for new in rewriter.replaced.values() if new not in staged | inputs)
-    behind = {node for node in read - inputs - region if node.op in ("call_function", "placeholder")}
+    behind = {node for node in read - region if node.op in ("call_function", "placeholder")}
     region |= _between(behind, inputs - region)
     reads = (source for node in sorted(region) for source in node.all_input_nodes)
     return list(dict.fromkeys([*(s for s in reads if s not in region), *sorted(behind)]))

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from graphopt.compiler.compare import compare
+from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
-from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import GraphoptError, LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.runtime import scheduler
@@ -108,7 +107,7 @@ def plan_candidates(
 def choose(
     candidates: Sequence[Candidate],
     inputs: Sequence[torch.Tensor],
-    wanted: tuple[Any, Any],
+    reference: Reference,
     target: Target,
     remarks: Remarks,
     *,
@@ -119,7 +118,7 @@ def choose(
     Args:
         candidates: in order of preference, which decides when they are not timed.
         inputs: the example inputs: flat tensors.
-        wanted: the original's outputs in its own dtype, and in float64.
+        reference: the original's outputs, to hold theirs against.
         target: where they run.
         remarks: takes why a candidate was dropped.
         timed: measure; otherwise the first that is right is taken.
@@ -129,7 +128,7 @@ def choose(
     """
     for candidate in candidates:
         if candidate.plan is not None:
-            _check(candidate, candidate.plan, inputs, wanted, remarks)
+            _check(candidate, candidate.plan, inputs, reference, remarks)
     right = [candidate for candidate in candidates if candidate.plan is not None]
     if not right:
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
@@ -155,16 +154,15 @@ def _check(
     candidate: Candidate,
     plan: Plan,
     inputs: Sequence[torch.Tensor],
-    wanted: tuple[Any, Any],
+    reference: Reference,
     remarks: Remarks,
 ) -> None:
-    before, reference = wanted
     try:
         after = scheduler.run(plan, inputs)
     except Exception as error:
         candidate.drop(f"it fails to run: {type(error).__name__}: {error}", remarks)
         return
-    found = compare(before, after, reference, MODEL_FLOOR_ULPS)
+    found = reference.compare(computed(candidate.graph, after))
     candidate.error = found.error_after
     if not found.ok:
         candidate.drop(found.reason, remarks)

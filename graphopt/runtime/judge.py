@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from graphopt.compiler.bisect import Answer
-from graphopt.compiler.compare import compare
 from graphopt.compiler.device import Limits
-from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.manager import PassManager
 from graphopt.compiler.pass_ import Pass
+from graphopt.compiler.reference import computed, output_reference
 from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.ir.graph import Graph
@@ -34,7 +33,7 @@ def judge_by_comparison(
         limits: of the target.
     """
     draws = list(_like(inputs))
-    wanted = [(outputs(graph, draw), outputs(graph, draw, float64=True)) for draw in draws]
+    references = [output_reference(graph, draw, MODEL_FLOOR_ULPS) for draw in draws]
     device = inputs[0].device if inputs else torch.device("cpu")
 
     def judge(applied: int) -> Answer:
@@ -42,12 +41,12 @@ def judge_by_comparison(
         for candidate in plan_candidates(graph, rewritten, None, Target(device), Remarks()):
             if candidate.plan is None or candidate.graph is graph:
                 continue
-            for draw, (before, reference) in zip(draws, wanted, strict=True):
+            for draw, reference in zip(draws, references, strict=True):
                 try:
                     after = scheduler.run(candidate.plan, draw)
                 except Exception:
                     return "bad"
-                if not compare(before, after, reference, MODEL_FLOOR_ULPS).ok:
+                if not reference.compare(computed(graph, after)).ok:
                     return "bad"
         return "good"
 

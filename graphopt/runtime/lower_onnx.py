@@ -35,7 +35,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph
 from graphopt.ir.op import OPS
-from graphopt.kernels._onnx import OPSET, linear
+from graphopt.kernels._onnx import OPSET, group_norm, linear
 
 aten = torch.ops.aten
 
@@ -135,6 +135,7 @@ def _quiet() -> Iterator[None]:
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     table: dict[Callable[..., Any], Callable[..., Any]] = {op.overload: op.onnx for op in OPS.values()}
     table[aten.linear.default] = linear
+    table[aten.group_norm.default] = group_norm
     return table
 
 

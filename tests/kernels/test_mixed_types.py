@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.kernels import add_rms_norm, rms_norm, rope
+from graphopt.kernels import add_layer_norm, add_rms_norm, rms_norm, rope
 from tests._models import randn
 from tests.kernels.test_ops import Calls, Sample, assert_right, outputs, run_onnx, to_onnx
 
@@ -31,6 +31,39 @@ def test_results_have_the_type_of_x(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MIXED)
 def test_onnx_runtime_agrees(name: str) -> None:
     op, args = MIXED[name](torch.float16)
+    sample = Sample(args)
+    inputs = [x for x in args if isinstance(x, torch.Tensor)]
+    program = torch.export.export(Calls(op, [sample]), tuple(inputs), strict=False)
+    assert_right(op, sample, run_onnx(to_onnx(program), inputs))
+
+
+WITH_BIAS = W, randn(24, seed=3), 1e-5
+SUMS = {
+    "layer norm of a float32 stream": lambda half: (add_layer_norm.OP, (X, R.to(half), *WITH_BIAS)),
+    "layer norm of a branch": lambda half: (
+        add_layer_norm.OP,
+        (X.to(half), R, W.to(half), WITH_BIAS[1].to(half), 1e-5),
+    ),
+    "layer norm without weights": lambda half: (add_layer_norm.OP, (X.to(half), R[:1], None, None, 1e-5)),
+    "rms norm of a float32 stream": lambda half: (add_rms_norm.OP, (X, R.to(half), W, 1e-6)),
+    "rms norm of a branch": lambda half: (add_rms_norm.OP, (X.to(half), R, W.to(half), 1e-6)),
+    "rms norm without weight": lambda half: (add_rms_norm.OP, (X.to(half), R[:1], None, 1e-6)),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_kept_in_float32(name: str, dtype: torch.dtype) -> None:
+    op, args = SUMS[name](dtype)
+    normed, total = outputs(op, Sample(args))
+    assert (normed.dtype, total.dtype) == (args[0].dtype, torch.float32)
+    assert torch.equal(total, args[0].float() + args[1].float())
+    assert_right(op, Sample(args), [normed, total], torch_is_the_measure=False)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_onnx_runtime_agrees_on_sums(name: str) -> None:
+    op, args = SUMS[name](torch.float16)
     sample = Sample(args)
     inputs = [x for x in args if isinstance(x, torch.Tensor)]
     program = torch.export.export(Calls(op, [sample]), tuple(inputs), strict=False)

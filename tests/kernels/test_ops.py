@@ -305,6 +305,7 @@ MAIN_NODES = [
     ("linear_activation", "gelu_tanh", "Gelu"),
     ("linear_cross_entropy", "no reduction", "Gemm"),
     ("conv_activation", "relu", "Conv"),
+    ("group_norm_silu", "an image", "InstanceNormalization"),
     ("quantized_linear", "bias", "DequantizeLinear"),
     ("masked_mean_pool", "token mask", "MatMul"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),

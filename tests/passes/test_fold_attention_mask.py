@@ -109,9 +109,10 @@ def test_a_causal_mask(passes) -> None:
 def test_masks_that_only_look_so_are_refused() -> None:
     ran = attend_each(OTHERS).refuses("the mask depends on the inputs: it is computed, not recognised")
     assert len(ran.remarks.of_kind("missed")) == len(OTHERS)
-    ran = attend_each(OTHERS, FOLDED)
+    others = {name: mask for name, mask in OTHERS.items() if name != "one row, repeated"}  # held once
+    ran = attend_each(others, FOLDED)
     ran.refuses("the mask is a constant that is neither true everywhere nor causal")
-    assert len(ran.remarks.of_kind("missed")) == len(OTHERS)
+    assert len(ran.remarks.of_kind("missed")) == len(others)
 
 
 def test_what_becomes_of_the_graph() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graphopt.passes.fold_constants import PASS as FOLD_CONSTANTS
 from graphopt.passes.fold_weight_layout import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -39,6 +40,8 @@ SPELLINGS = {
     "of any rank": lambda x, m: torch.einsum("...d,dh->...h", x, m.w),
     "into heads": lambda x, m: torch.einsum("bsd,dhk->bshk", x, m.heads),
     "out of heads": lambda x, m: torch.einsum("bshk,hkd->bsd", x.view(2, 5, 2, 4), m.out),
+    "the result turned": lambda x, m: torch.einsum("bsd,dh->bhs", x, m.w),
+    "heads first": lambda x, m: torch.einsum("bsd,dhk->bhsk", x, m.heads),
     "heads, mixed": lambda x, m: torch.einsum("bshk,dkh->bsd", x.view(2, 5, 2, 4), m.mixed),
 }
 
@@ -58,7 +61,7 @@ def test_every_spelling() -> None:
 EINSUMS = {
     "another dimension": ("bsd,sh->bdh", (5, 6)),
     "a batch of weights": ("bsd,bdh->bsh", (2, 8, 6)),
-    "the result turned": ("bsd,dh->bhs", (8, 6)),
+    "a weight for each position": ("bsd,sdh->bsh", (5, 8, 6)),
     "a sum over the weight alone": ("bsd,dhk->bsh", (8, 6, 3)),
     "dots in the weight": ("bsd,...d->bs", (1, 8)),
 }
@@ -71,7 +74,43 @@ def test_an_einsum_that_is_no_projection_is_refused(equation: str, shape: tuple[
 
     model = program(forward, w=randn(*shape), equation=equation)
     ran = run(PASS, model, X)
-    ran.refuses("the weight does not meet the last dimensions and make the last ones of the result")
+    ran.refuses("the weight does not meet the last dimensions, or is another one for each row")
+
+
+EXPERTS = {
+    "an einsum": lambda x, m: torch.einsum("bsd,edi->bsei", x, m.w),
+    "an einsum, experts first": lambda x, m: torch.einsum("bsd,edi->ebsi", x, m.w),
+    "a matmul": lambda x, m: x.unsqueeze(1) @ m.w,
+    "a matmul, experts first": lambda x, m: x[None] @ m.w[:, None],
+    "a bmm": lambda x, m: torch.bmm(x.view(10, 8).unsqueeze(0).expand(3, -1, -1), m.w),
+}
+
+
+def test_experts_that_read_the_same_value() -> None:
+    def forward(m, x):
+        return [spelled(x, m) for spelled in EXPERTS.values()]
+
+    ran = run([FOLD_CONSTANTS, PASS], program(forward, w=randn(3, 8, 6)), X)
+    ran.counts(linear=len(EXPERTS) - 1, bmm=0, einsum=0)
+
+
+def test_experts_of_a_repeated_value() -> None:
+    def forward(m, x):
+        return x.unsqueeze(1) @ m.w
+
+    run(PASS, program(forward, w=randn(3, 8, 6)), X).becomes("""
+        %0 = linear(x, <laid out: w>)
+        %1 = reshape(%0, [2, 5, 3, 6])
+        %2 = permute(%1, [0, 2, 1, 3])
+        return %2
+    """)
+
+
+def test_experts_that_read_their_own_values_stay() -> None:
+    def forward(m, x):
+        return torch.bmm(x, m.w), x[:, None].sin() @ m.w[:, None], x[:1].expand(2, -1, -1) @ m.w
+
+    run(PASS, program(forward, w=randn(2, 8, 6)), X).counts(bmm=1)
 
 
 def test_whole_numbers_are_refused() -> None:
@@ -101,8 +140,8 @@ def test_half_precision() -> None:
 def test_dynamic_sizes() -> None:
     def forward(m, x):
         heads = torch.einsum("bsd,dhk->bshk", x, m.heads)
-        return torch.einsum("bshk,hkd->bsd", heads, m.out) @ m.w
+        return torch.einsum("bshk,hkd->bsd", heads, m.out) @ m.w, x.unsqueeze(1) @ m.experts
 
-    model = program(forward, heads=randn(8, 2, 3), out=randn(2, 3, 8), w=randn(8, 6))
-    ran = run(PASS, model, X, dynamic={"x": {0: "batch", 1: "seq"}}).counts(linear=3, einsum=0)
+    model = program(forward, heads=randn(8, 2, 3), out=randn(2, 3, 8), w=randn(8, 6), experts=randn(3, 8, 6))
+    ran = run(PASS, model, X, dynamic={"x": {0: "batch", 1: "seq"}}).counts(linear=4, einsum=0, matmul=0)
     ran.agrees(randn(3, 4, 8)).agrees(randn(1, 1, 8))

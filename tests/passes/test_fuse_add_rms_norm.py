@@ -56,14 +56,40 @@ def test_two_norms_of_one_sum() -> None:
     ran.counts(add_rms_norm=1, rms_norm=1, add=0)
 
 
-def test_summands_of_different_shape_are_refused() -> None:
-    ran = run(PASSES, program(norm_of_sum, norm=LlamaRMSNorm(8)), X, R[:1])
-    ran.refuses(r"the summands differ in shape: \[2, 5, 8\] and \[1, 5, 8\]")
+def test_a_residual_that_is_broadcast() -> None:
+    def forward(m, x, r):
+        return [m.norm(x + part) for part in (r[:1], r[0], r[0, 0])]
+
+    ran = run(PASSES, program(forward, norm=LlamaRMSNorm(8)), X, R)
+    ran.counts(add_rms_norm=3, rms_norm=0, add=0)
 
 
-def test_summands_of_different_type_are_refused() -> None:
-    ran = run(PASSES, program(norm_of_sum, norm=LlamaRMSNorm(8)), X, R.bfloat16())
-    ran.refuses("the summands differ in type: torch.float32 and torch.bfloat16")
+def test_summands_that_are_both_broadcast_are_refused() -> None:
+    ran = run(PASSES, program(norm_of_sum, norm=LlamaRMSNorm(8)), X[:1], R[:, :1])
+    ran.refuses(r"no summand has the shape of the sum .*: \[1, 5, 8\] and \[2, 1, 8\]")
+
+
+def test_a_sum_behind_a_reshape() -> None:
+    def forward(m, x, r):
+        total = (x + r).view(-1, 8)
+        return m.norm(total) + total
+
+    ran = run(PASSES, program(forward, norm=LlamaRMSNorm(8)), X, R)
+    ran.counts(add_rms_norm=1, rms_norm=0, add=1)
+
+
+def test_a_residual_in_float32() -> None:
+    def forward(m, x, r):
+        total = r.float() + x
+        return m.norm(total.to(m.norm.weight.dtype)), total
+
+    ran = run(PASSES, program(forward, norm=LlamaRMSNorm(8).bfloat16()), X.bfloat16(), R)
+    ran.counts(add_rms_norm=1, rms_norm=0, add=0)
+
+
+def test_summands_of_integers_are_refused() -> None:
+    ran = run(PASSES, program(norm_of_sum, norm=LlamaRMSNorm(8)), X, torch.arange(8)[None])
+    ran.refuses("the summands differ in type: torch.float32 and torch.int64")
 
 
 def test_a_scaled_residual_stays() -> None:
@@ -92,10 +118,7 @@ def test_dynamic_sizes() -> None:
     ran.agrees(randn(1, 9, 8), randn(1, 9, 8, seed=1))
 
 
-def test_dynamic_sizes_that_may_differ_are_refused() -> None:
-    def forward(m, x, r):
-        return m.norm(x + r)
-
+def test_a_dynamic_residual_that_is_broadcast() -> None:
     names = {"x": {0: "batch", 1: "seq"}}
-    ran = run(PASSES, program(forward, norm=LlamaRMSNorm(8)), X, R[:1, :1], dynamic=names)
-    ran.refuses("the summands differ in shape").agrees(randn(3, 2, 8), R[:1, :1])
+    ran = run(PASSES, program(norm_of_sum, norm=LlamaRMSNorm(8)), X, R[:1, :1], dynamic=names)
+    ran.counts(add_rms_norm=1).agrees(randn(3, 2, 8), R[:1, :1]).agrees(randn(1, 1, 8), R[:1, :1])

@@ -8,7 +8,12 @@ from transformers import LlamaConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from graphopt.passes import fuse_activation
+from graphopt.passes import (
+    fold_constants,
+    fold_weight_layout,
+    fuse_activation,
+    merge_common_subexpressions,
+)
 from graphopt.passes.fuse_gated_mlp import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -187,6 +192,58 @@ def test_weights_that_are_inputs() -> None:
         return F.silu(F.linear(x, w)) * F.linear(x, m.up)
 
     run(PASS, program(forward, up=randn(12, 8)), X, randn(12, 8, seed=1)).counts(gated_mlp=1)
+
+
+EXPERTS = {
+    "einsum": lambda x, w: torch.einsum("bsd,edi->bsei", x, w),
+    "einsum, experts first": lambda x, w: torch.einsum("bsd,edi->ebsi", x, w),
+    "matmul": lambda x, w: x.unsqueeze(1) @ w,
+    "bmm": lambda x, w: torch.bmm(x.reshape(-1, 8).unsqueeze(0).expand(3, -1, -1), w),
+}
+
+
+@pytest.mark.parametrize("spelled", EXPERTS.values(), ids=EXPERTS)
+def test_experts_side_by_side(spelled) -> None:
+    def forward(m, x):
+        return F.silu(spelled(x, m.gate)) * spelled(x, m.up)
+
+    model = program(forward, gate=randn(3, 8, 12), up=randn(3, 8, 12, seed=1))
+    passes = [fold_weight_layout.PASS, merge_common_subexpressions.PASS, PASS]
+    ran = run(passes, model, X)
+    ran.counts(gated_mlp=1, linear=0, silu=0, mul=0)
+
+
+def test_experts_one_by_one() -> None:
+    def forward(m, x):
+        share = m.router(x).softmax(-1)
+        out = x
+        for expert in range(3):
+            hidden = F.silu(x @ m.gate[expert]) * (x @ m.up[expert])
+            out = out + share[..., expert, None] * (hidden @ m.down[expert])
+        return out
+
+    weights = {"gate": randn(3, 8, 12), "up": randn(3, 8, 12, seed=1), "down": randn(3, 12, 8)}
+    passes = [fold_constants.PASS, fold_weight_layout.PASS, PASS]
+    run(passes, program(forward, router=nn.Linear(8, 3), **weights), X).counts(gated_mlp=3, silu=0)
+
+
+def test_views_of_one_side_stay() -> None:
+    def forward(m, x):
+        return F.silu(m.gate(x)).view(2, 5, 3, 4) * m.up(x).view(2, 5, 3, 4), (
+            F.silu(m.gate(x).transpose(1, 2)) * m.up(x).sum(1, keepdim=True).transpose(1, 2)
+        )
+
+    layers = {"gate": nn.Linear(8, 12), "up": nn.Linear(8, 12)}
+    run(PASS, program(forward, **layers), X).stays()
+
+
+def test_dynamic_experts() -> None:
+    def forward(m, x):
+        return F.silu(torch.einsum("bsd,edi->bsei", x, m.gate)) * torch.einsum("bsd,edi->bsei", x, m.up)
+
+    model = program(forward, gate=randn(3, 8, 12), up=randn(3, 8, 12, seed=1))
+    ran = run([fold_weight_layout.PASS, PASS], model, X, dynamic={"x": {0: "batch", 1: "seq"}})
+    ran.counts(gated_mlp=1).agrees(randn(3, 4, 8)).agrees(randn(1, 1, 8))
 
 
 def test_dynamic_sizes() -> None:

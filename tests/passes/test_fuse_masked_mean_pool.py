@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from graphopt.passes.default import pipeline
 from graphopt.passes.fuse_masked_mean_pool import PASS
+from graphopt.passes.remove_noops import PASS as REMOVE_NOOPS
 from tests._models import minilm, padding, randn
 from tests.passes._harness import program, run
 
@@ -58,6 +60,58 @@ def test_other_spellings() -> None:
     for spelling in (a_column, counted_apart, counted_apart_in_float, counted_in_integers):
         ran = run(PASS, program(spelling), X, MASK)
         ran.counts(masked_mean_pool=1, sum=0, mul=0, div=0, unsqueeze=0)
+
+
+def product(m, x, mask):
+    total = torch.bmm(mask.unsqueeze(1).float(), x).squeeze(1)
+    return total / mask.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+def product_of_a_cast(m, x, mask):
+    weights = mask.to(x.dtype)
+    return (weights[:, None] @ x)[:, 0] / weights.sum(1, keepdim=True)
+
+
+def product_from_the_right(m, x, mask):
+    weights = mask.unsqueeze(-1).float()
+    return torch.matmul(x.transpose(1, 2), weights).squeeze(-1) / weights.sum(1).clamp(min=1)
+
+
+def summed_by_letters(m, x, mask):
+    total = torch.einsum("nt,ntd->nd", mask.float(), x)
+    return total / mask.sum(-1).clamp(min=1)[:, None]
+
+
+def summed_by_letters_turned(m, x, mask):
+    return torch.einsum("bsh, bs -> bh", x, mask.float()) / mask.float().sum(1, keepdim=True)
+
+
+PRODUCTS = [
+    product,
+    product_of_a_cast,
+    product_from_the_right,
+    summed_by_letters,
+    summed_by_letters_turned,
+]
+
+
+@pytest.mark.parametrize("spelling", PRODUCTS)
+def test_sums_that_are_products_of_matrices(spelling) -> None:
+    dynamic = {name: {0: "batch", 1: "seq"} for name in ("x", "mask")}
+    for given in (None, dynamic):
+        ran = run([REMOVE_NOOPS, PASS], program(spelling), X, MASK, dynamic=given)
+        ran.counts(masked_mean_pool=1, sum=0, div=0, bmm=0, matmul=0, einsum=0)
+    ran.agrees(randn(3, 2, 8), padding((2, 1, 2), 2))
+
+
+def test_products_over_other_dimensions_stay() -> None:
+    def forward(m, x, mask):
+        count = mask.sum(1, keepdim=True)
+        features = torch.einsum("bdt,bt->bd", x, mask.float()) / count
+        crossed = torch.einsum("bt,ctd->bd", mask.float(), x) / count
+        return features, crossed, (mask.float().unsqueeze(1) @ x).squeeze(1) / (1 + count)
+
+    run(PASS, program(forward), randn(2, 5, 5), MASK).stays()
 
 
 def test_an_empty_sentence() -> None:

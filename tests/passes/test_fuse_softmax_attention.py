@@ -91,6 +91,19 @@ PRODUCTS = {
         F.softmax(torch.bmm(q.reshape(B * H, S, D), k.reshape(B * H, S, D).transpose(1, 2)), dim=-1),
         v.reshape(B * H, S, D),
     ).view(B, H, S, D),
+    "bmm, scaled before heads are joined": lambda m, q, k, v: torch.bmm(
+        F.softmax(
+            torch.bmm((q * 0.5).reshape(B * H, S, D), k.reshape(B * H, S, D).transpose(1, 2)).tanh() * 5, -1
+        ),
+        v.reshape(B * H, S, D),
+    ).view(B, H, S, D),
+    "bmm, scaled at each of two views": lambda m, q, k, v: torch.bmm(
+        F.softmax(
+            torch.bmm(((q.reshape(-1, D) * 0.5).view(B, H, S, D) * 3).view(B * H, S, D), k.flatten(0, 1).mT),
+            -1,
+        ),
+        v.reshape(B * H, S, D),
+    ).view(B, H, S, D),
     "bmm, joined result": lambda m, q, k, v: torch.bmm(
         F.softmax(torch.bmm(q.reshape(B * H, S, D), k.reshape(B * H, S, D).transpose(1, 2)), dim=-1),
         v.reshape(B * H, S, D),

@@ -168,7 +168,7 @@ def test_dynamic_sizes() -> None:
 
     model = program(forward, up=nn.Linear(8, 12), down=nn.Linear(12, 8), **LAYERS)
     ran = run([remove_noops.PASS, PASS], model, X, dynamic=DYNAMIC)
-    assert sum(size == 1 for size in rows(ran)) == 4
+    assert [size for size in rows(ran) if isinstance(size, int)] == [1] * 4
     ran.agrees(randn(3, 4, 8)).agrees(randn(1, 9, 8))
 
 
