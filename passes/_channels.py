@@ -117,11 +117,16 @@ class Group:
             found &= blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3).all(2).all(0)
         return found
 
-    def unmade(self) -> torch.Tensor:
-        """(units,) bool: zero in the weights and biases of a layer that makes them."""
+    def unmade(self, every_part: bool = True) -> torch.Tensor:
+        """(units,) bool: zero in the weights and biases of a layer that makes them.
+
+        Args:
+            every_part: in all parts of a layer that makes several, rather than in one of them.
+        """
         found = torch.zeros(self.units, dtype=torch.bool)
         for node, one in self.made.items():
-            found |= _zero_rows(self.graph, one, self.axes[node], self.units)
+            zero = _zero_rows(self.graph, one, self.axes[node], self.units)
+            found |= zero.all(0) if every_part else zero.any(0)
         return found
 
     def idle(self) -> torch.Tensor:
@@ -212,10 +217,11 @@ def blocks(graph: Graph, constant: fx.Node, dim: int, axis: Axis, units: int) ->
 
 
 def _zero_rows(graph: Graph, one: Layer, axis: Axis, units: int) -> torch.Tensor:
+    """(outer, units) bool."""
     zero = blocks(graph, one.weight, one.made, axis, units).eq(0).all(3)
     if one.bias is not None:
         zero &= blocks(graph, one.bias, 0, axis, units).eq(0).all(3)
-    return zero.all(2).all(0)
+    return zero.all(2)
 
 
 def takes_constants(one: Layer) -> bool:

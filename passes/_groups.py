@@ -81,7 +81,27 @@ def _shared(node: fx.Node, key: int | None) -> int:
 def idle(graph: Graph, groups: Iterable[Group]) -> Iterator[Match]:
     """The groups with units that add nothing; of those that cannot be removed, with zeros in a layer."""
     for group in groups:
-        zero = group.unmade() | group.unread() if group.refusal else group.idle()
+        if group.refusal is not None:
+            zero = group.unmade() | group.unread()
+        else:
+            zero = group.idle()
+            if not zero.any() and (stacked := _stacked(group)):
+                group.refuse(stacked)
+                zero = group.unmade(every_part=False)
         if zero.any() and (group.made or group.read):
             nodes = group.nodes if group.refusal is None else (min({*group.made, *group.read}),)
             yield Match(graph, nodes[-1], nodes, {"group": group, "zero": zero})
+
+
+def _stacked(group: Group) -> str | None:
+    """Why zeros in one of the parts that a layer makes are not seen, or None.
+
+    What is known of parts that are split is known behind the split; of parts that a reshape gives a dimension
+    of their own, only what they have in common is.
+    """
+    for node, axis in group.axes.items():
+        source = node.all_input_nodes[0]
+        parts = group.axes[source].outer if source in group.axes else 1
+        if node.target is aten.reshape.default and parts > axis.outer:
+            return f"{node.name} stacks {parts} parts of one projection, which are not told apart"
+    return None

@@ -257,3 +257,19 @@ def test_attention_spelled_out_is_the_same_attention(name: str) -> None:
     spelled = optimized(example).counts(softmax=0, matmul=0)
     for op in ("graphopt.attention", "aten.linear", "aten.transpose"):
         assert spelled.graph.op_counts().get(op) == called.get(op)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_level_3(family: str) -> None:
+    """What only level 3 runs fits in where it stands: nothing is reverted, a second run finds nothing."""
+    example = models.FAMILIES[family]()
+    ran = run(
+        pipeline(level=3),
+        example.model,
+        *example.args,
+        kwargs=example.kwargs,
+        dynamic=example.dynamic,
+        redraw=False,
+    )
+    if family in ("gpt2", "llama", "vit", "t5"):  # norms before the blocks, which take their factors in
+        assert ran.kept["fold_norm_affine"]

@@ -174,6 +174,23 @@ def test_one_projection_to_all_three(attend, rows: int) -> None:
     assert widths(ran) == [rows, rows // 3]
 
 
+def test_zero_values_in_a_stack_are_refused() -> None:
+    model = program(unbound, v=nn.Linear(16, 3 * H * D), o=nn.Linear(H * D, 16))
+    ran = run(PASS, without(model, values=[2 * H + 1]), X, redraw=False)
+    ran.refuses("1 of 4 heads are zero, but (view|reshape) stacks 3 parts of one projection")
+
+
+def split_unequally(m, x):
+    q, k, v = m.v(x).split([H * D, 2 * D, 2 * D], -1)
+    return m.o(merged(F.scaled_dot_product_attention(split(q), split(k, 2), split(v, 2), enable_gqa=True)))
+
+
+def test_parts_of_unequal_size_are_refused() -> None:
+    model = program(split_unequally, v=nn.Linear(16, 2 * H * D), o=nn.Linear(H * D, 16))
+    ran = run(PASS, without(model, outputs=[0, 1]), X, redraw=False)
+    ran.refuses("1 of 2 heads are zero, but the parts of split_with_sizes differ in size")
+
+
 def test_all_but_one_head_may_go() -> None:
     def forward(m, x):
         return fused(m, x)
@@ -243,6 +260,17 @@ def test_llama_loses_a_group() -> None:
     ran = prune(models.llama(), "v_proj", 1, 4)
     assert ran.kept[PASS.name] == 2
     ran.agrees(tokens(3, 4), padding((4, 3, 1), 4))
+
+
+def test_t5_has_a_position_bias_for_every_head() -> None:
+    """All layers share it: a head goes in none of them."""
+    example = models.t5()
+    with torch.no_grad():
+        for name, weight in example.model.named_parameters():
+            if ".SelfAttention.v." in name:
+                weight[:8] = 0
+    ran = run([*BEFORE, PASS], example.model, kwargs=example.kwargs, redraw=False)
+    ran.refuses("1 of 2 heads are zero, but scaled_dot_product_attention mixes the channels")
 
 
 def test_gpt2() -> None:
