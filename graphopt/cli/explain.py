@@ -12,7 +12,6 @@ from rich.console import Console
 from graphopt.cli import _config, _options, _spec
 from graphopt.cli._errors import told
 from graphopt.cli._work import work
-from graphopt.compiler.remarks import Kind
 from graphopt.explain import explain as run
 from graphopt.observe.explanation import KINDS, Explanation
 from graphopt.observe.files import write_text
@@ -94,8 +93,7 @@ def explain(
         if older is not None:
             found.show_against(older, console, top)
         else:
-            kinds: tuple[Kind, ...] = KINDS if kind is Shown.all else (kind.value,)
-            found.show(console, kinds, top)
+            found.show(console, [name for name in KINDS if kind.value in (name, "all")], top)
 
 
 def _changes(found: Explanation, older: Explanation) -> str:
