@@ -81,4 +81,6 @@ def test_two_thousand_nodes_take_seconds() -> None:
     optimized = graphopt.optimize(model, (), {"input_ids": IDS}, effort="fast")
     took = time.process_time() - start
     assert sum(optimized.report.ops_before.values()) > 2000
-    assert took < 2 * 20, optimized.report.seconds  # CPU seconds of two cores
+    assert took < 60, (
+        optimized.report.seconds
+    )  # CPU seconds: 27 on a quiet AMD EPYC, half of them torch.export
