@@ -88,8 +88,14 @@ def _rounded(value: Any, noise: torch.Generator) -> Any:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     info = torch.finfo(value.dtype)
-    factor = torch.rand(value.shape, generator=noise, dtype=torch.float64).sub_(0.5).mul_(info.eps).add_(1.0)
-    moved = (value.double() * factor.to(value.device)).to(value.dtype)
+    draw = torch.rand(value.shape, generator=noise, dtype=torch.float64).sub_(0.5).to(value.device)
+    if (
+        value.dtype == torch.float64
+    ):  # there is nothing wider to round from: a quarter goes up, a quarter down
+        towards = torch.where(draw.abs() > 0.25, draw.sign() * torch.inf, value)
+        moved = torch.nextafter(value, towards)
+    else:
+        moved = (value.double() * draw.mul_(info.eps).add_(1.0)).to(value.dtype)
     return torch.where(value.abs() < 0.25 * info.max, moved, value)
 
 
