@@ -3,8 +3,8 @@
 An error is the largest deviation from the float64 reference within a row (the last dimension), relative to
 the largest reference value of that row. A rewrite is kept when its error is at most FACTOR times the error
 that the original made in its own dtype, and always when it is below the floor, which is counted in units in
-the last place (the dtype's machine epsilon): two correct kernels that add in another order differ by that. Where
-rounding decides a result, the error of the original is that of its run with values rounded at random: see
+the last place (the dtype's machine epsilon): two correct kernels that add in another order differ by that.
+Where rounding decides a result, the original's error is that of its runs with values rounded at random: see
 ``compiler/reference.py``.
 """
 
