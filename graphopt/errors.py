@@ -53,3 +53,8 @@ class SpecError(GraphoptError):
 
 class OutputError(GraphoptError):
     """The place to write to is taken or cannot be written."""
+
+
+def said(error: BaseException) -> str:
+    """An exception in words: its type and its message."""
+    return f"{type(error).__name__}: {error}"

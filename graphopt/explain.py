@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import graphopt.kernels  # noqa: F401  (registers the ops)
-from graphopt.capture.export import capture, from_program
-from graphopt.capture.inputs import Dynamic, example_tensors
+from graphopt.capture.export import capture_any
+from graphopt.capture.inputs import Dynamic
 from graphopt.capture.outputs import Outputs, select
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.device import Limits, device_limits, gpu_limits
@@ -55,12 +55,8 @@ def problem(
     disable: Collection[str] = (),
 ) -> Problem:
     """Capture a model for a run of the passes; the arguments are those of ``explain``."""
-    if isinstance(model, torch.nn.Module):
-        graph, example = capture(model, args, kwargs, dynamic=dynamic), (args, dict(kwargs or {}))
-    else:
-        graph, example = from_program(model), model.example_inputs
+    graph, inputs = capture_any(model, args, kwargs, dynamic=dynamic)
     select(graph, outputs)
-    inputs = example_tensors(graph.inputs, example)
     passes = [rule for rule in pipeline(level, enable, disable) if rule.exact]
     return Problem(type(model).__name__, graph, inputs, passes, _limits(target, inputs))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import graphopt.kernels  # noqa: F401  (registers the ops)
-from graphopt.capture.export import capture, from_program
-from graphopt.capture.inputs import Dynamic, example_tensors
+from graphopt.capture.export import capture_any
+from graphopt.capture.inputs import Dynamic
 from graphopt.capture.outputs import Outputs, select
 from graphopt.compiler.contract import own_outputs
 from graphopt.compiler.evaluate import outputs as evaluated
@@ -90,48 +89,33 @@ def optimize(
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
-    if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
-        raise InputError(
-            f"model is a {type(model).__name__}: neither an nn.Module nor an ExportedProgram",
-            hint="build the model first; torch.export.load(path) reads a .pt2 file",
-        )
-    if not isinstance(model, torch.nn.Module) and (args or kwargs or dynamic):
-        raise InputError(
-            "an exported program brings its own example inputs and dynamic dimensions",
-            where="optimize(program, ...)",
-            hint="pass the program alone, or the module that it was exported from",
-        )
     clock = _Clock(progress)
     passes = pipeline(level, enable, disable)
     budget = _budget(passes, max_loss, metric)
     with clock.stage("capture", 0.0):
-        if isinstance(model, torch.nn.Module):
-            captured, original = capture(model, args, kwargs, dynamic=dynamic), model
-            example: Any = (args, dict(kwargs or {}))
-        else:
-            captured, original, example = from_program(model), model.module(), model.example_inputs
-        inputs = example_tensors(captured.inputs, example)
+        captured, inputs = capture_any(model, args, kwargs, dynamic=dynamic)
+        original = model if isinstance(model, torch.nn.Module) else model.module()
         ops_before = captured.op_counts()
         selection = select(captured, outputs)
     where = Target.of(target, _home(original, inputs))
     remarks = Remarks()
     with clock.stage("rewrite", 0.2):
-        base, lossy = _within(budget, captured, passes, inputs, remarks)
+        base, lossy, loss = _within(budget, captured, passes, inputs, remarks)
+        older = len(remarks.rows)
         manager = PassManager(
             [rule for rule in passes if rule.exact], remarks, where.limits, on_pass=clock.within(0.2, 0.4)
         )
         outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
         reference = output_reference(base, inputs, MODEL_FLOOR_ULPS)
-        outcome = _verified(outcome, base, inputs, reference, manager)
+        outcome = _verified(outcome, base, inputs, reference, manager, older)
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("lower", 0.5):
         candidates = plan_candidates(base, outcome.graph, executors, where, remarks)
     with clock.stage("measure", 0.8):
         chosen = choose(candidates, inputs, reference, where, remarks, timed=effort == "measured")
-    outcome.rewrites[:0] = lossy.rewrites
-    report = _report(original, captured, outcome, remarks, chosen, clock)
-    report.ops_before, report.loss = ops_before, lossy.loss
+    outcome.rewrites[:0] = lossy
+    report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
     assert chosen.best.plan is not None
     return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch, selection)
 
@@ -156,26 +140,20 @@ def _budget(passes: Sequence[Pass], max_loss: float | None, metric: Metric | Non
     return Budget(float(max_loss), metric or relative_distance)
 
 
-@dataclass(frozen=True)
-class _Lossy:
-    rewrites: list[Rewrite]
-    loss: float | None
-
-
 def _within(
     budget: Budget | None,
     captured: Graph,
     passes: Sequence[Pass],
     inputs: Sequence[torch.Tensor],
     remarks: Remarks,
-) -> tuple[Graph, _Lossy]:
-    """The graph that everything below is compared with: as captured, but for what lossy passes took away."""
+) -> tuple[Graph, list[Rewrite], float | None]:
+    """What all below is compared with: as captured, but for what lossy passes took away; and the loss."""
     if budget is None:
-        return captured, _Lossy([], None)
+        return captured, [], None
     base = captured.clone()
     manager = LossyManager([rule for rule in passes if not rule.exact], remarks, budget)
     outcome, loss = manager.run(base, inputs)
-    return base, _Lossy(outcome.rewrites, loss)
+    return base, outcome.rewrites, loss
 
 
 def _verified(
@@ -184,14 +162,16 @@ def _verified(
     inputs: Sequence[torch.Tensor],
     reference: Reference,
     manager: PassManager,
+    older: int,
 ) -> Outcome:
     """The rewritten model, compared end to end: verdicts shared between layers are not taken on trust.
 
-    Should it differ, every site is verified on its own; should it differ still, nothing is rewritten.
+    Should it differ, every site is verified on its own; should it differ still, nothing is rewritten. The
+    remarks but for the first ``older``, which are older, are taken back then.
     """
     for attempt in (outcome, None):
         if attempt is None:
-            manager.remarks.rollback(0)
+            manager.remarks.rollback(older)
             manager.remarks.add("analysis", "verify", None, "the whole differs: every site is verified again")
             manager.share = False
             attempt = manager.run(captured.clone(), inputs)
@@ -199,19 +179,26 @@ def _verified(
         found = reference.compare(computed(captured, after))
         if found.ok:
             return attempt
-    manager.remarks.rollback(0)
+    manager.remarks.rollback(older)
     manager.remarks.add("missed", "verify", None, f"all rewrites were reverted: end to end, {found.reason}")
     return Outcome(captured.clone(), [])
 
 
 def _report(
-    model: torch.nn.Module, captured: Graph, outcome: Outcome, remarks: Remarks, chosen: Choice, clock: _Clock
+    model: torch.nn.Module,
+    captured: Graph,
+    outcome: Outcome,
+    remarks: Remarks,
+    chosen: Choice,
+    clock: _Clock,
+    ops_before: dict[str, int],
+    loss: float | None,
 ) -> Report:
     best = chosen.best
     assert best.plan is not None
     return Report(
         model=type(model).__name__,
-        ops_before=captured.op_counts(),
+        ops_before=ops_before,
         ops_after=best.graph.op_counts(),
         rewrites=outcome.rewrites,
         remarks=remarks.rows,
@@ -223,6 +210,7 @@ def _report(
         seconds=clock.seconds,
         graph_before=snapshot(captured),
         graph_after=snapshot(best.graph),
+        loss=loss,
     )
 
 

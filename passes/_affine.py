@@ -10,6 +10,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.pattern import argument
+from graphopt.passes._permutations import PERMUTATIONS, permutation
 
 aten = torch.ops.aten
 
@@ -19,8 +20,7 @@ _RESHAPES = (
     *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
     *(aten.flatten.using_ints, aten.unflatten.int),
 )
-_PERMUTATIONS = (aten.permute.default, aten.transpose.int, aten.t.default)
-MOVES = frozenset((*_RESHAPES, *_PERMUTATIONS))
+MOVES = frozenset((*_RESHAPES, *PERMUTATIONS))
 
 
 @dataclass(frozen=True)
@@ -147,23 +147,12 @@ def moved(value: torch.Tensor, node: fx.Node, *, back: bool = False) -> torch.Te
     """
     source: Any = node.args[0]
     before, after = source.meta["val"], node.meta["val"]
-    if node.target in _PERMUTATIONS:
-        order = _order(node, before.dim())
+    order = permutation(node)
+    if order is not None:
         if back:
             order = sorted(range(len(order)), key=order.__getitem__)
         return value.permute(order)
     return _reshaped(value, *((after.shape, before.shape) if back else (before.shape, after.shape)))
-
-
-def _order(node: fx.Node, rank: int) -> list[int]:
-    """The permutation that a transposition makes."""
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        dims: Any = node.args[1]
-        return [dim % rank for dim in dims]
-    one, two = node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)
-    order[one], order[two] = order[two], order[one]  # type: ignore[index]
-    return order
 
 
 def _reshaped(value: torch.Tensor, before: Any, after: Any) -> torch.Tensor | None:

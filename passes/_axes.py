@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.ir.graph import same_size
 from graphopt.ir.pattern import argument
 from graphopt.kernels.attention import OP as ATTENTION
-from graphopt.passes.merge_permutes import permutation
+from graphopt.passes._permutations import PERMUTATIONS, permutation
 
 aten = torch.ops.aten
 
@@ -363,7 +363,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.slice.Tensor, aten.cat.default), Rule(_beside, _beside_behind, "zero")),
     **dict.fromkeys((aten.mean.dim, aten.amax.default, aten.amin.default, aten.select.int), _reduction),
     aten.sum.dim_IntList: Rule(_reduced, _reduced_behind, "zero"),
-    **dict.fromkeys((aten.transpose.int, aten.permute.default, aten.t.default), _permute),
+    **dict.fromkeys(PERMUTATIONS, _permute),
     **dict.fromkeys((aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim), _reshape),
     aten.expand.default: Rule(_aligned, _expanded_behind, "kept"),
     aten.repeat_interleave.self_int: Rule(_repeated, _repeated_behind, "kept"),

@@ -20,12 +20,11 @@ from torch import fx
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import argument
 from graphopt.passes._axes import Axis, fits, rule, shape
-from graphopt.passes._layers import CONVOLUTIONS
+from graphopt.passes._layers import CONVOLUTIONS, TRANSPOSED
 from graphopt.passes._ranges import as_uniform
 
 aten = torch.ops.aten
 
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 _AVERAGES = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 _MATMULS = (aten.matmul.default, aten.mm.default)
 
@@ -57,8 +56,8 @@ def layer(graph: Graph, node: fx.Node) -> Layer | None:
         return None
     if node.target is aten.linear.default:
         found = Layer(node, argument(node, "weight"), argument(node, "bias"), 0, 1, -1)
-    elif node.target in (*CONVOLUTIONS, *_TRANSPOSED) and argument(node, "groups") == 1:
-        made = int(node.target in _TRANSPOSED)
+    elif node.target in (*CONVOLUTIONS, *TRANSPOSED) and argument(node, "groups") == 1:
+        made = int(node.target in TRANSPOSED)
         dim = 2 - len(shape(argument(node, "weight")))
         found = Layer(node, argument(node, "weight"), argument(node, "bias"), made, 1 - made, dim - 1)
     elif node.target in _MATMULS and len(shape(node.args[1])) == 2:  # type: ignore[arg-type]
@@ -226,7 +225,7 @@ def _zero_rows(graph: Graph, one: Layer, axis: Axis, units: int) -> torch.Tensor
 
 def takes_constants(one: Layer) -> bool:
     """True when a constant input gives a constant output, which its bias can hold: no zeros are padded in."""
-    if one.node.target in _MATMULS or one.node.target in _TRANSPOSED:
+    if one.node.target in _MATMULS or one.node.target in TRANSPOSED:
         return False
     if one.node.target is aten.linear.default:
         return True

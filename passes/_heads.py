@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from torch import fx
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import same_size
 from graphopt.ir.pattern import argument
-from graphopt.passes._products import Operand, permuted_axes
+from graphopt.passes._permutations import permutation, spelling
+from graphopt.passes._products import Operand
 
 aten = torch.ops.aten
 
@@ -21,7 +23,7 @@ Axes = Sequence[str]
 
 def permuted(rewriter: Rewriter, node: fx.Node, order: Sequence[int]) -> fx.Node:
     """The node with its axes in another order, cancelled against what reordered them before."""
-    before = permuted_axes(node)
+    before = permutation(node)
     if before is not None:
         source: Any = node.args[0]
         return permuted(rewriter, source, [before[i] for i in order])
@@ -32,10 +34,8 @@ def permuted(rewriter: Rewriter, node: fx.Node, order: Sequence[int]) -> fx.Node
         base, axes, at, index = part
         if [axes[i] for i in order] == sorted(axes):
             return rewriter.call(aten.select.int, base, at, index)
-    moved = [i for i, source in enumerate(order) if i != source]
-    if len(moved) == 2:
-        return rewriter.call(aten.transpose.int, node, *moved)
-    return rewriter.call(aten.permute.default, node, list(order))
+    target, args = spelling(order)
+    return rewriter.call(target, node, *args)
 
 
 def _part_of_permuted(node: fx.Node) -> tuple[fx.Node, list[int], int, int] | None:
@@ -52,7 +52,7 @@ def _part_of_permuted(node: fx.Node) -> tuple[fx.Node, list[int], int, int] | No
         whole, dim, index = source, argument(node, "dim"), argument(node, "index")
     else:
         return None
-    order = permuted_axes(whole)
+    order = permutation(whole)
     if order is None or not isinstance(index, int):
         return None
     dim = dim % len(order)
@@ -112,7 +112,7 @@ def grouped(rewriter: Rewriter, operand: Operand, groups: Sequence[Axes]) -> fx.
     for group in wanted:
         shape = node.meta["val"].shape[at : at + len(group)]
         if all(isinstance(n, int) for n in shape):
-            sizes.append(_product(shape))
+            sizes.append(math.prod(shape))
         elif len(group) > 1 and not inferred:
             sizes.append(-1)
             inferred = True
@@ -122,13 +122,6 @@ def grouped(rewriter: Rewriter, operand: Operand, groups: Sequence[Axes]) -> fx.
             raise ValueError("two dynamic axes would be joined in two places")
         at += len(group)
     return rewriter.call(aten.reshape.default, node, sizes)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for n in sizes:
-        result *= n
-    return result
 
 
 def expanded(rewriter: Rewriter, operand: Operand, names: Axes, sizes: dict[str, Any]) -> Operand:

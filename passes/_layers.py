@@ -151,6 +151,14 @@ def _is_default(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
+def bias_of_both(first: Layer, second: Layer, matrix: torch.Tensor) -> torch.Tensor | None:
+    """The bias (out,) of two layers in one, in float64; the second multiplies by ``matrix`` (out, in)."""
+    inner, own = first.wide_bias(), second.wide_bias()
+    if inner is None:
+        return own
+    return matrix @ inner if own is None else own + matrix @ inner
+
+
 def refuse_range(wide: torch.Tensor, was: torch.Tensor, dtype: torch.dtype) -> str | None:
     """Why a weight computed in float64 does not fit its type, or None.
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt.ir.graph import same_size
 from graphopt.ir.pattern import argument
+from graphopt.passes._permutations import permutation
 
 aten = torch.ops.aten
 
@@ -127,31 +128,12 @@ def _named(
     return Operand(operand, tuple(found))
 
 
-def permuted_axes(node: fx.Node) -> tuple[int, ...] | None:
-    """For a call that reorders axes, the source's axis at each place of the result."""
-    rank = node.meta["val"].dim() if isinstance(node.meta.get("val"), torch.Tensor) else 0
-    if node.op != "call_function":
-        return None
-    if node.target is aten.transpose.int:
-        given: Any = node.args[1:]
-        first, second = (dim % rank for dim in given)
-        order = list(range(rank))
-        order[first], order[second] = second, first
-        return tuple(order)
-    if node.target is aten.permute.default:
-        dims: Any = node.args[1]
-        return tuple(dim % rank for dim in dims)
-    if node.target is aten.t.default:
-        return tuple(reversed(range(rank)))
-    return None
-
-
 def behind_transposes(operand: Operand) -> Operand:
     """The operand before its axes were reordered, inserted with size 1, or repeated."""
     while operand.view is None:
         node, axes = operand.node, operand.axes
         source: Any = node.args[0] if node.op == "call_function" and node.args else None
-        order = permuted_axes(node)
+        order = permutation(node)
         if order is not None:
             before = dict(zip(order, axes, strict=True))
             operand = Operand(source, tuple(before[i] for i in range(len(axes))))

@@ -12,7 +12,8 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.pattern import argument, describe
-from graphopt.passes._products import Product, as_product, fresh, permuted_axes
+from graphopt.passes._permutations import permutation
+from graphopt.passes._products import Product, as_product, fresh
 from graphopt.passes._ranges import as_uniform
 
 aten = torch.ops.aten
@@ -107,7 +108,7 @@ def trace(graph: Graph, node: Any, column: int) -> Scores:
 def column_name(product: Product, steps: list[fx.Node], column: int) -> str:
     """The name, at the product, of the axis that the softmax runs along."""
     for step in reversed(steps):
-        order = permuted_axes(step)
+        order = permutation(step)
         if order is not None:
             column = order[column]
         elif step.target is aten.reshape.default:
@@ -271,7 +272,7 @@ def _capped(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
 
 
 def _permuted(graph: Graph, scores: Scores, step: fx.Node) -> Scores | str:
-    order = permuted_axes(step)
+    order = permutation(step)
     assert order is not None
     return replace(scores, axes=tuple(scores.axes[i] for i in order))
 

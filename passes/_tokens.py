@@ -14,7 +14,7 @@ from graphopt.ir.graph import same_size
 from graphopt.ir.pattern import argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.passes._axes import ELEMENTWISE, mixed_dims, shape
-from graphopt.passes.merge_permutes import permutation
+from graphopt.passes._permutations import permutation
 
 aten = torch.ops.aten
 

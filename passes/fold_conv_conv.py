@@ -15,7 +15,15 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match, argument
-from graphopt.passes._layers import CONVOLUTIONS, Layer, also_read, layer_of, refuse_range, with_arguments
+from graphopt.passes._layers import (
+    CONVOLUTIONS,
+    Layer,
+    also_read,
+    bias_of_both,
+    layer_of,
+    refuse_range,
+    with_arguments,
+)
 
 
 def pattern(graph: Graph) -> Iterator[Match]:
@@ -100,11 +108,7 @@ def _product(first: Layer, second: Layer) -> tuple[torch.Tensor, torch.Tensor | 
     """Filters (out, in, positions) and bias (out,) of both layers in one, in float64."""
     one, two = first.wide_weight()[0], second.wide_weight()[0]
     weight = torch.einsum("hik,ohl->oikl", one, two).flatten(2)
-    inner, bias = first.wide_bias(), second.wide_bias()
-    if inner is not None:
-        shifted = two.sum(2) @ inner
-        bias = shifted if bias is None else bias + shifted
-    return weight, bias
+    return weight, bias_of_both(first, second, two.sum(2))
 
 
 PASS = register(Pass("fold_conv_conv", "fold", pattern, rewrite, check))

@@ -17,7 +17,7 @@ from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match
 from graphopt.passes._affine import MOVES, moved
-from graphopt.passes._layers import Layer, also_read, layer_of, refuse_range, with_arguments
+from graphopt.passes._layers import Layer, also_read, bias_of_both, layer_of, refuse_range, with_arguments
 
 aten = torch.ops.aten
 
@@ -77,12 +77,8 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
 
 def _product(first: Layer, second: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (out, in) and bias (out,) of both layers in one, in float64."""
-    weights = [layer.wide_weight()[0, :, :, 0] for layer in (first, second)]
-    inner, bias = first.wide_bias(), second.wide_bias()
-    if inner is not None:
-        shifted = weights[1] @ inner
-        bias = shifted if bias is None else bias + shifted
-    return weights[1] @ weights[0], bias
+    one, two = (layer.wide_weight()[0, :, :, 0] for layer in (first, second))
+    return two @ one, bias_of_both(first, second, two)
 
 
 def _keeps_features(first: Layer, moves: list[fx.Node]) -> bool:

@@ -20,9 +20,17 @@ from torch.fx.proxy import TracerBase
 from graphopt.capture.containers import flatten
 from graphopt.capture.explain import explain
 from graphopt.capture.guards import size_guards
-from graphopt.capture.inputs import Dynamic, DynamicDims, Leaf, checked_call, input_specs, leaves
+from graphopt.capture.inputs import (
+    Dynamic,
+    DynamicDims,
+    Leaf,
+    checked_call,
+    example_tensors,
+    input_specs,
+    leaves,
+)
 from graphopt.capture.normalize import normalize
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, InputError
 from graphopt.ir.graph import Constant, Graph
 from graphopt.ir.provenance import KEY, Provenance, from_export, of
 
@@ -90,6 +98,37 @@ def capture(
     in_spec, output = pytree.tree_structure(call), flat.output
     found = _Captured(functional, given, dims, in_spec, output.spec, output.leaves)
     return found.graph(size_guards(_guards_of(program), exported))
+
+
+def capture_any(
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Dynamic = None,
+) -> tuple[Graph, list[torch.Tensor]]:
+    """The Graph of a module or of an exported program, and its example inputs: flat, in placeholder order.
+
+    Raises:
+        InputError: inputs are missing or do not fit, or are given beside a program, which brings its own.
+        CaptureError: the model cannot be captured.
+    """
+    if isinstance(model, torch.nn.Module):
+        graph, example = capture(model, args, kwargs, dynamic=dynamic), (args, dict(kwargs or {}))
+        return graph, example_tensors(graph.inputs, example)
+    if not isinstance(model, ExportedProgram):
+        raise InputError(
+            f"model is a {type(model).__name__}: neither an nn.Module nor an ExportedProgram",
+            hint="build the model first; torch.export.load(path) reads a .pt2 file",
+        )
+    if args or kwargs or dynamic:
+        raise InputError(
+            "an exported program brings its own example inputs and dynamic dimensions",
+            where="optimize(program, ...)",
+            hint="pass the program alone, or the module that it was exported from",
+        )
+    graph = from_program(model)
+    return graph, example_tensors(graph.inputs, model.example_inputs)
 
 
 def from_program(program: ExportedProgram) -> Graph:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import InputError, PassError
+from graphopt.errors import InputError, PassError, said
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,6 @@ def _import(name: str, path: Path) -> None:
         importlib.import_module(name)
     except Exception as error:
         raise PassError(
-            f"the passes of {name!r} cannot be imported: {type(error).__name__}: {error}",
+            f"the passes of {name!r} cannot be imported: {said(error)}",
             where=f"[tool.graphopt] of {path}",
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json as strict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from graphopt.cli._work import work
 from graphopt.explain import explain as run
 from graphopt.observe.explanation import KINDS, Explanation
 from graphopt.observe.files import write_text
+from graphopt.observe.summary import jsonable
 
 _WIDTH = 140  # where there is no terminal to ask
 
@@ -97,9 +99,5 @@ def explain(
 
 
 def _changes(found: Explanation, older: Explanation) -> str:
-    import json
-
-    from graphopt.observe.summary import jsonable
-
     rows = jsonable([change.to_dict() for change in found.against(older)])
-    return json.dumps({"changes": rows}, indent=1, allow_nan=False) + "\n"
+    return strict.dumps({"changes": rows}, indent=1, allow_nan=False) + "\n"

@@ -14,6 +14,7 @@ from graphopt.compiler.manager import Outcome
 from graphopt.compiler.pass_ import Pass
 from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.rewriter import Rewriter
+from graphopt.errors import said
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match, describe
@@ -145,7 +146,7 @@ class LossyManager:
             if not loss <= self.budget.max_loss:  # NaN is no loss that anybody allowed
                 reason = f"the loss would be {loss:.3g}, above the {self.budget.max_loss:.3g} allowed"
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = said(error)
         if reason:
             self.remarks.add("missed", rule.name, match.root, f"reverted: {reason}")
         else:

@@ -18,7 +18,7 @@ from graphopt.compiler.remarks import Kind, Remarks, Rewrite
 from graphopt.compiler.reproducer import write_reproducer
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.compiler.verify import Verifier
-from graphopt.errors import PassError
+from graphopt.errors import PassError, said
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, Snapshot
 from graphopt.ir.pattern import Match, NearMiss, describe
@@ -140,7 +140,7 @@ class _Run:
 
     def apply(self, rule: Pass) -> None:
         """Run one pass; what it did is undone as a whole when it raises or breaks the graph."""
-        tried, said, kept = len(self.outcome.rewrites), len(self.manager.remarks.rows), self.kept
+        tried, remarked, kept = len(self.outcome.rewrites), len(self.manager.remarks.rows), self.kept
         if self._before is None:
             self._before = Contract(self.graph), self.graph.snapshot()
         contract, snapshot = self._before
@@ -160,8 +160,8 @@ class _Run:
             self.verifier = Verifier(self.graph, self.inputs, share=self.manager.share)
             self._before, self.kept = None, kept
             del self.outcome.rewrites[tried:]
-            self.manager.remarks.rollback(said)
-            self.manager.remarks.add("missed", rule.name, None, f"undone: {_said(error)}")
+            self.manager.remarks.rollback(remarked)
+            self.manager.remarks.add("missed", rule.name, None, f"undone: {said(error)}")
 
     def _find(self, rule: Pass) -> None:
         reverted: set[str] = set()
@@ -194,7 +194,7 @@ class _Run:
             verdict, shared = self.verifier.verify(rewriter)
             reason, errors = verdict.reason, (verdict.error_before, verdict.error_after)
         except Exception as error:
-            reason, errors, shared = _said(error), (0.0, float("inf")), False
+            reason, errors, shared = said(error), (0.0, float("inf")), False
         if reason:
             script = self._reproducer(rewriter)
             rewriter.revert()
@@ -217,7 +217,7 @@ class _Run:
         try:
             path = write_reproducer(folder, rewriter, self.verifier.activations)
         except Exception as error:
-            return f" (no reproducer: {_said(error)})"
+            return f" (no reproducer: {said(error)})"
         return f" (see {path})"
 
     def _near(self, rule: Pass, miss: NearMiss) -> None:
@@ -240,10 +240,6 @@ class _Run:
         self.manager.remarks.add(kind, rule.name, root, reason, bytes=cost.bytes, flops=cost.flops, ms=ms)
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _limit_from_environment() -> int | None:
     given = os.environ.get(BISECT_LIMIT)
     if not given:
@@ -257,7 +253,7 @@ def _refusal(rule: Pass, match: Match) -> str | None:
     try:
         return rule.check(match)
     except Exception as error:
-        return f"its check failed: {_said(error)}"
+        return f"its check failed: {said(error)}"
 
 
 def _summary(match: Match, rewriter: Rewriter) -> str:

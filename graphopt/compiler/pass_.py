@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
-from graphopt.errors import PassError
+from graphopt.errors import PassError, said
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import Match, NearMiss, Pattern
 
@@ -155,7 +155,7 @@ def users_passes() -> list[Pass]:
             point.load()
         except Exception as error:
             raise PassError(
-                f"the passes of {point.value!r} cannot be loaded: {type(error).__name__}: {error}",
+                f"the passes of {point.value!r} cannot be loaded: {said(error)}",
                 where=f"entry point {point.name!r} of group {ENTRY_POINTS!r}",
                 hint="mend or uninstall the package that offers them",
             ) from error

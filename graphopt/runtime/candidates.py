@@ -10,7 +10,7 @@ import torch
 
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, LoweringError
+from graphopt.errors import GraphoptError, LoweringError, said
 from graphopt.ir.graph import Graph
 from graphopt.runtime import scheduler
 from graphopt.runtime.measure import Timing, interleaved
@@ -160,7 +160,7 @@ def _check(
     try:
         after = scheduler.run(plan, inputs)
     except Exception as error:
-        candidate.drop(f"it fails to run: {type(error).__name__}: {error}", remarks)
+        candidate.drop(f"it fails to run: {said(error)}", remarks)
         return
     found = reference.compare(computed(candidate.graph, after))
     candidate.error = found.error_after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.compiler.compare import Comparison
 from graphopt.compiler.lossy import Budget, LossyManager, relative_distance
 from graphopt.compiler.pass_ import Pass, custom_pass, forget
 from graphopt.compiler.remarks import Remarks
@@ -20,6 +22,7 @@ from tests._models import randn
 from tests.compiler._passes import aten, graph_of
 
 X = randn(4, 8)
+optimizing = importlib.import_module("graphopt.optimize")  # the name in the package is the function
 
 
 def scales(x: torch.Tensor) -> torch.Tensor:
@@ -108,3 +111,39 @@ def test_optimize_runs_them_by_name_within_max_loss_only() -> None:
         torch.testing.assert_close(lossy(X), (X * 1e-3).relu(), atol=1e-8, rtol=1e-5)
     finally:
         forget("drop_tanh")
+
+
+def test_what_lossy_passes_said_stays_when_the_exact_rewrites_are_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = optimizing.output_reference
+
+    class Doubtful:
+        """Says no to the rewritten model, twice, and then what is so."""
+
+        def __init__(self, *given: Any) -> None:
+            self.reference, self.calls = real(*given), 0
+
+        def compare(self, after: Any) -> Comparison:
+            self.calls += 1
+            return Comparison(0.0, 1.0, False, "no") if self.calls <= 2 else self.reference.compare(after)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x * 1e-3) + 0
+
+    @custom_pass("prune", exact=False)
+    class DropTanh:
+        pattern = Call(aten.tanh.default, Var("x"))
+
+        def rewrite(rewriter: Rewriter, match: Match) -> None:  # noqa: N805
+            drop(rewriter, match)
+
+    monkeypatch.setattr(optimizing, "output_reference", Doubtful)
+    try:
+        found = graphopt.optimize(Model().eval(), (X,), enable=["drop_tanh"], max_loss=1e-3, effort="fast")
+    finally:
+        forget("drop_tanh")
+    assert not found.report.verified
+    said = [row.reason for row in found.report.remarks if row.pass_name == "drop_tanh"]
+    assert any("the loss is now" in reason for reason in said)
