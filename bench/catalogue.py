@@ -31,6 +31,7 @@ LIMITS = Limits("catalogue", flops_per_s=1e12, bytes_per_s=1e11)
 KINDS = {
     "norms": "norms",
     "residual_norms": "sum + norm in one",
+    "norm_sums": "norm + sum in one",
     "attentions": "attention",
     "projections": "Q, K, V in one product",
     "ropes": "rotary embeddings",
@@ -155,7 +156,8 @@ def _folded_batch_norms(graph: Graph, contents: Contents) -> int:
 
 _COUNTS: dict[str, Callable[[Graph, Contents], int]] = {
     "norms": _ops("(layer|rms|group|instance)_norm"),
-    "residual_norms": _ops(r"^graphopt\.add_.*norm"),
+    "residual_norms": _ops(r"^graphopt\.(add_|sandwich_).*norm"),
+    "norm_sums": _ops(r"^graphopt\.(.*_norm_add|sandwich_.*norm)"),
     "attentions": _ops(r"^graphopt\..*attention"),
     "projections": _projections,
     "ropes": _ops(r"^graphopt\..*rope"),
@@ -168,6 +170,7 @@ _COUNTS: dict[str, Callable[[Graph, Contents], int]] = {
 _LEFT = {
     "norms": (r"\.(rsqrt|sqrt|var|var_mean|std|linalg_vector_norm)$", "norm"),
     "residual_norms": (r"\.(layer|rms)_norm$", "add_.*norm"),
+    "norm_sums": (r"\.(layer|rms)_norm$", "norm_add|sandwich"),
     "attentions": (r"\.(_?softmax|scaled_dot_product_attention)$", "attention"),
     "projections": (r"\.(linear|addmm)$", "linears"),
     "ropes": (r"\.(neg|view_as_complex|stack)$", "rope"),

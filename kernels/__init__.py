@@ -8,6 +8,7 @@ from graphopt.kernels import (
     embedding_layer_norm,
     gated_mlp,
     group_norm_silu,
+    layer_norm_add,
     linear_activation,
     linear_cross_entropy,
     masked_mean_pool,
@@ -15,7 +16,9 @@ from graphopt.kernels import (
     quantized_linear,
     quick_gelu,
     rms_norm,
+    rms_norm_add,
     rope,
+    sandwich_rms_norm,
 )
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "embedding_layer_norm",
     "gated_mlp",
     "group_norm_silu",
+    "layer_norm_add",
     "linear_activation",
     "linear_cross_entropy",
     "masked_mean_pool",
@@ -33,5 +37,7 @@ __all__ = [
     "quantized_linear",
     "quick_gelu",
     "rms_norm",
+    "rms_norm_add",
     "rope",
+    "sandwich_rms_norm",
 ]
