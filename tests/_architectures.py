@@ -436,9 +436,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Contents(conv_norms=1 + 2 * 3, activations=1 + 2 * 2, named=("hardswish", "hardtanh", "relu6")),
         ("",),
     ),
-    "Mixtral": Architecture(  # the experts' rows are sorted into groups: their products are not linears
+    "Mixtral": Architecture(  # the experts of a layer are one gated MLP on rows in groups
         encoded("Mixtral", **GROUPED, num_local_experts=3, num_experts_per_tok=2),
-        Contents(2 * LAYERS + 1, 2 * LAYERS, LAYERS, LAYERS, 2 * LAYERS, activations=LAYERS, named=("silu",)),
+        LLAMA_LIKE,
     ),
     "Mixtral-style": Architecture(  # three experts a layer, each of which reads every token
         plain(lambda: Experts(LAYERS), BATCH, SEQ, 16),
