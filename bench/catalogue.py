@@ -150,12 +150,17 @@ def _activations(graph: Graph, contents: Contents) -> int:
     return sum(_is_activation(node, contents) for node in graph.calls)
 
 
+def _norms(graph: Graph, contents: Contents) -> int:
+    """Every norm; a sandwich has two."""
+    return sum(_ops(pattern)(graph, contents) for pattern in ("(layer|rms|group|instance)_norm", "sandwich"))
+
+
 def _folded_batch_norms(graph: Graph, contents: Contents) -> int:
     return contents.conv_norms - _ops("batch_norm")(graph, contents)
 
 
 _COUNTS: dict[str, Callable[[Graph, Contents], int]] = {
-    "norms": _ops("(layer|rms|group|instance)_norm"),
+    "norms": _norms,
     "residual_norms": _ops(r"^graphopt\.(add_|sandwich_).*norm"),
     "norm_sums": _ops(r"^graphopt\.(.*_norm_add|sandwich_.*norm)"),
     "attentions": _ops(r"^graphopt\..*attention"),
