@@ -1,43 +1,15 @@
 """The benchmark runner: what it claims of two sides must be so."""
 
-import random
-import time
-
 import pytest
 import torch
 
 from graphopt.bench.case import Setting, run_case
 from graphopt.bench.peers import PEERS, tensors
-from graphopt.runtime.rounds import interleave, ratio
 
 
 def tiny() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8)).eval()
     return model, (torch.randn(4, 32),), {}
-
-
-def test_a_side_that_sleeps_longer_is_found_slower() -> None:
-    def sleeping(seconds: float) -> object:
-        return lambda: time.sleep(seconds)
-
-    times = interleave({"short": sleeping(0.002), "long": sleeping(0.006)}, rounds=8)  # type: ignore[dict-item]
-    found = ratio(times["long"], times["short"])
-    assert found["low"] <= found["ratio"] <= found["high"]
-    assert found["low"] > 1.5
-
-
-def test_equal_sides_have_an_interval_around_one() -> None:
-    source = random.Random(1)
-    rows = [[source.gauss(10, 1) for _ in range(200)] for _ in range(2)]
-    found = ratio(*rows)
-    assert found["low"] < 1 < found["high"]
-
-
-def test_rounds_run_forwards_and_backwards() -> None:
-    order: list[str] = []
-    sides = {name: (lambda name=name: order.append(name) or []) for name in "abc"}
-    interleave(sides, rounds=2)  # type: ignore[arg-type]
-    assert "".join(order[9:]) == "abccba" * 2  # nine warm-up calls first
 
 
 @pytest.mark.parametrize("peer", ["eager", "onnxruntime"])
