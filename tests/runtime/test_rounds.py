@@ -17,7 +17,6 @@ from graphopt.runtime.rounds import (
     quartiles,
     ratio,
     verdict,
-    wall_clock,
 )
 
 
@@ -88,7 +87,13 @@ def test_an_interrupt_in_the_warm_up_is_an_ordinary_one() -> None:
 
 def test_a_given_clock_is_asked() -> None:
     assert interleave({"a": sleeping(0)}, rounds=2, clock=lambda run: 7.0) == {"a": [7.0] * 4}
-    assert clock_of(torch.device("cpu")) is wall_clock
+
+
+def test_a_devices_clock_times_the_second_of_two_calls() -> None:
+    naps = iter((0.05, 0.0, 0.0, 0.05))
+    side = lambda: time.sleep(next(naps))  # noqa: E731
+    clock = clock_of(torch.device("cpu"))
+    assert clock(side) < 25 < clock(side)
 
 
 @pytest.mark.gpu
