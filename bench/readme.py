@@ -60,7 +60,7 @@ def _table(suite: str) -> str:
         *(f"{peer} (ms)" for peer in names),
         "noise floor",
         "optimize (s)",
-        "memory",
+        "peak memory",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
@@ -75,7 +75,8 @@ def _note(suite: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     packages = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino")
     software = ", ".join(f"{p} {first['versions'][p]}" for p in packages if p in first["versions"])
-    calls = " to ".join(str(2 * rounds) for rounds in sorted({_ends(rows)[0], _ends(rows)[1]}))
+    counts = sorted({2 * row["rounds_done"] for row in rows})
+    calls = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     lost = sum(found["verdict"] == "slower" for row in rows for found in row["ratio"].values())
     total = sum(len(row["ratio"]) for row in rows)
     return (
@@ -85,11 +86,6 @@ def _note(suite: str, rows: list[dict[str, Any]]) -> str:
         f" graphopt lost {lost}. {software}; commit {first['commit']}, {first['date']}."
         f" Again: `python -m bench {suite}`."
     )
-
-
-def _ends(rows: list[dict[str, Any]]) -> tuple[int, int]:
-    counts = [row["rounds_done"] for row in rows]
-    return min(counts), max(counts)
 
 
 def _peer(row: dict[str, Any], peer: str) -> str:

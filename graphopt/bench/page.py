@@ -139,9 +139,14 @@ def _growth(group: Sequence[Row], name: str) -> list[tuple[str, Markup]]:
         for side in row["sides"]:
             if side["counts"]:
                 latency.setdefault(side["peer"], []).append((row["sizes"][name], side["ms"]["median"]))
-    costs = {kind: [(row["sizes"][name], row["optimize"][kind]) for row in group] for kind in _COSTS}
+    costs = {
+        kind: [(row["sizes"][name], row["optimize"][kind]) for row in group if kind in row["optimize"]]
+        for kind in _COSTS
+    }
     taken = [Line(peer, points, colours.get(peer, 0)) for peer, points in latency.items()]
-    spent = [Line(_COSTS[kind], points, index) for index, (kind, points) in enumerate(costs.items())]
+    spent = [
+        Line(_COSTS[kind], points, index) for index, (kind, points) in enumerate(costs.items()) if points
+    ]
     return [
         (f"Latency against {name}", lines(taken, name, "ms", f"milliseconds of each side by {name}")),
         (

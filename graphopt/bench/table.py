@@ -15,6 +15,7 @@ from graphopt.observe.summary import error, ms, size, times
 
 Row = dict[str, Any]
 
+_PLACES = {"at": "where", "try": "hint"}
 _STYLES = {"faster": "green", "slower": "red", "level": ""}
 
 
@@ -44,10 +45,11 @@ def closing(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return [(title, lines) for title, lines in named if lines]
 
 
-def one_line(row: Row) -> str:
-    """A case as soon as it is measured."""
+def told(row: Row) -> str:
+    """A case as soon as it is measured: a line, or an error with its place and the way out."""
     if "failed" in row:
-        return f"{row['case']}: not measured: {row['failed']['message']}"
+        places = [f"  {word}: {row['failed'][key]}" for word, key in _PLACES.items() if key in row["failed"]]
+        return "\n".join([f"{row['case']}: not measured: {row['failed']['message']}", *places])
     own = row["sides"][0]
     if "ms" not in own:
         return f"{row['case']}: graphopt {'is wrong: ' + own['wrong'] if 'wrong' in own else own['failed']}"
@@ -108,15 +110,14 @@ def _costs(rows: Sequence[Row]) -> Table:
     table = _table("Costs", *columns, numbers=range(1, 8))
     for row in summary.measured(rows):
         cost, joules = row["optimize"], row["sides"][0].get("joules")
-        optional = {key: cost.get(key) for key in ("artifact_bytes", "load_s")}
         table.add_row(
             row["case"],
             f"{cost['cold_s']:.1f}",
-            f"{cost['warm_s']:.1f}",
+            "-" if "warm_s" not in cost else f"{cost['warm_s']:.1f}",
             size(cost["peak_bytes"]),
             size(cost["weights_bytes"]),
-            "-" if optional["artifact_bytes"] is None else size(optional["artifact_bytes"]),
-            "-" if optional["load_s"] is None else f"{optional['load_s']:.2f}",
+            "-" if "artifact_bytes" not in cost else size(cost["artifact_bytes"]),
+            "-" if "load_s" not in cost else f"{cost['load_s']:.2f}",
             "-" if joules is None else f"{1e3 * joules:.3g}",
         )
     return table

@@ -266,7 +266,7 @@ def run_cases(
                 if output is not None:
                     rows.append(output, row)
                 if not quiet:
-                    console.print(Text(table.one_line(row)))
+                    console.print(Text(table.told(row)))
                 if row.get("interrupted"):
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
