@@ -34,6 +34,7 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.compiler.evaluate import concrete
+from graphopt.ir.aten import is_kept_whole
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic
 from graphopt.ir.op import OPS
 from graphopt.kernels._onnx import OPSET, group_norm, linear
@@ -102,6 +103,8 @@ def _exporter_with(ops: tuple[str, ...]) -> _Exporter:
 
     with _quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
+    for view in registry.get_decomps(aten.view.default):  # its own reshape takes a size of 0 for "as it was"
+        registry.register_op(aten.reshape.default, view.onnx_function, is_complex=view.is_complex)
     for target, translation in (
         *((OPS[name].overload, OPS[name].onnx) for name in ops),
         (aten.linear.default, linear),
@@ -194,7 +197,8 @@ def _is_ready(node: fx.Node) -> bool:
     """True when a node goes to its translation as it is."""
     if is_symbolic(node) or is_getitem(node):
         return True
-    return _is_known(node.target) and not _is_promoted(node)
+    whole = is_kept_whole(node.target) or node.target is aten.reshape.default
+    return whole and _is_known(node.target) and not _is_promoted(node)
 
 
 def _is_promoted(node: fx.Node) -> bool:
@@ -248,8 +252,9 @@ class _Lifted:
 
     def copy(self, node: fx.Node, meta: dict[str, Any]) -> None:
         """Add a call."""
-        self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
-        self.made[node].meta = meta
+        new = self.graph.node_copy(node, self.made.__getitem__)
+        new.meta = meta
+        self.made[node] = new
 
     def copy_with_sources(self, node: fx.Node, inputs: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """Add a part, and the parts it needs that are not there yet; returns what it became."""
