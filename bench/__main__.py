@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import catalogue
+from bench import RESULTS, catalogue
 from bench.models import SUITES
-from bench.peers import PEERS
 from bench.readme import update_readme
-from bench.runner import RESULTS, Setting, run_case
+from graphopt.bench.case import Setting, run_case
+from graphopt.bench.peers import PEERS
 
 
 def main() -> None:
