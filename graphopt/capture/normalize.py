@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from graphopt.ir.aten import is_kept_whole
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, has_effect
 from graphopt.ir.provenance import KEY
 
 aten = torch.ops.aten
@@ -63,7 +63,9 @@ def normalize(graph: Graph) -> None:
         rule = None if node._erased else _RULES.get(node.target)
         if rule is not None:
             rule(graph, node)
-    graph.fx.eliminate_dead_code()
+    for node in reversed(graph.calls):
+        if not node.users and not has_effect(node):
+            graph.fx.erase_node(node)
     graph.module.recompile()
 
 
