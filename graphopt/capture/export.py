@@ -166,7 +166,7 @@ class _Output:
 class _Flat(torch.nn.Module):
     """A model as a function of flat tensors: ``torch.export`` sees neither containers nor plain values.
 
-    Export traces twice, and through containers: a KV cache would make constants then that the first program
+    Export may trace twice, and through containers: a KV cache would make constants then that the first program
     does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
     """
 
