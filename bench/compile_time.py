@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 import graphopt
 from graphopt.bench.case import Setting, context
@@ -66,7 +66,14 @@ def measure(case: str, layers: int, threads: int) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows as a table: seconds by stage, and milliseconds of passes and verification a layer."""
     stages = list(rows[0]["seconds"]) if rows else []
-    made = Table("case", "nodes", *(f"{stage} (s)" for stage in stages), "CPU (s)", "passes, ms a layer")
+    made = Table(
+        Column("case", no_wrap=True),
+        "nodes",
+        *stages,
+        "CPU",
+        "ms a layer",
+        title="seconds; milliseconds of passes with verification a layer",
+    )
     for row in rows:
         seconds = [f"{row['seconds'][stage]:.2f}" for stage in stages]
         layer = f"{1e3 * row['rewrite_and_verify_a_layer']:.1f}"

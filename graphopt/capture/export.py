@@ -166,8 +166,8 @@ class _Output:
 class _Flat(torch.nn.Module):
     """A model as a function of flat tensors: ``torch.export`` sees neither containers nor plain values.
 
-    Export may trace twice, and through containers: a KV cache would make constants then that the first program
-    does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
+    Export may trace twice, and through containers: a KV cache would make constants then that the first
+    program does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
     """
 
     def __init__(self, model: torch.nn.Module, call: Any, dims: DynamicDims) -> None:
