@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue
+from bench import RESULTS, catalogue, compile_time
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -30,6 +31,9 @@ def main() -> None:
     if given.suite in PAGES:
         PAGES[given.suite]()
         return
+    if given.suite == "time":
+        _time(given)
+        return
     try:
         with told(debug=given.debug):
             raise typer.Exit(_measure(given))
@@ -40,6 +44,19 @@ def main() -> None:
 def _catalogue() -> None:
     every = track(list(catalogue.cases()), "architectures")
     catalogue.update_page([catalogue.measure(*case) for case in every])
+
+
+def _time(given: argparse.Namespace) -> None:
+    threads = given.threads or torch.get_num_threads()
+    layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
+    rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
+    Console().print(compile_time.table(rows))
+    if given.dry:
+        return
+    path, command = RESULTS / "time.jsonl", f"python -m bench time --threads {threads}"
+    old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    kept = [row for row in old if row["case"] not in layers]
+    write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
 
 # What is made without measuring sides against each other, by the name of its page.
@@ -54,8 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, *PAGES],
-        help="a suite; or readme: only rewrite its tables; or catalogue: what is found in every architecture",
+        choices=[*SUITES, "time", *PAGES],
+        help="a suite; or time: how long optimizing takes; or readme: only rewrite its tables; or catalogue:"
+        " what is found in every architecture",
     )
     parser.add_argument("--against", help="peers, by comma; by default the suite's")
     parser.add_argument("--rounds", type=int, default=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 import time
@@ -189,8 +190,9 @@ def failed_row(case: Case, setting: Setting, failed: Mapping[str, Any]) -> Row:
         "device": case.device,
         "seed": case.seed,
         "failed": {key: value for key, value in failed.items() if value is not None},
-        "versions": versions(*_PEER_PACKAGES),
-        **_record(case, setting),
+        **context(torch.device("cpu")),
+        "device_name": "",
+        "command": command_of(case, setting),
     }
 
 
@@ -250,24 +252,23 @@ def _optimized(
 def _context(case: Case, setting: Setting, problem: Problem) -> Row:
     """Where and with what a row was measured, and how to measure it again."""
     peers = [name for name in setting.against if not PEERS[name].absent(problem.device)]
+    alone = {name: dataclasses.replace(setting, against=(name,)) for name in peers}
     return {
-        "device_name": device_name(problem.device),
-        "driver": driver(),
-        "threads": torch.get_num_threads(),
         "rounds": setting.rounds,
         "seconds": setting.seconds,
-        "versions": versions(*_PEER_PACKAGES),
-        **_record(case, setting),
-        "commands": {
-            name: command_of(case, Setting((name,), setting.rounds, setting.seconds, setting.threads))
-            for name in peers
-        },
+        **context(problem.device),
+        "command": command_of(case, setting),
+        "commands": {name: command_of(case, only) for name, only in alone.items()},
     }
 
 
-def _record(case: Case, setting: Setting) -> Row:
+def context(device: torch.device) -> Row:
+    """Where, when and with what something is measured."""
     return {
+        "device_name": device_name(device),
+        "driver": driver(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(*_PEER_PACKAGES),
         "commit": commit(Path.cwd()),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": command_of(case, setting),
     }

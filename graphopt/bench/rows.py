@@ -86,6 +86,16 @@ def read(path: Path) -> list[Row]:
     return [_row(text, f"{path}:{number}") for number, text in enumerate(lines, 1) if text.strip()]
 
 
+def holds_rows(path: Path) -> bool:
+    """True when a file begins with a row; others may lie beside it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and first.get("format") == FORMAT
+
+
 def read_all(paths: Iterable[Path]) -> list[Row]:
     """The rows of files, in order; of a case measured again on the same device only the last.
 

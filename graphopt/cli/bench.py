@@ -152,7 +152,8 @@ class Places:
         if files and not report:
             raise InputError(f"{files[0]} is no SPEC", hint=f"graphopt bench --report {files[0]}")
         if not specs:
-            files = [str(path) for path in sorted(_RECORDED.glob("*.jsonl"))] if report else []
+            recorded = sorted(_RECORDED.glob("*.jsonl")) if report else []
+            files = [str(path) for path in recorded if rows.holds_rows(path)]
             if not files:
                 hint = "graphopt bench SPEC, or graphopt bench --report rows.jsonl"
                 raise InputError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.bench.case import Case
-from graphopt.bench.rows import append, line, read, read_all, require_appendable
+from graphopt.bench.rows import append, holds_rows, line, read, read_all, require_appendable
 from graphopt.errors import GraphoptError, InputError, OutputError
 from tests.bench._rows import failing, row
 
@@ -118,3 +118,10 @@ def test_a_number_that_is_none_is_never_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         line({**ROW, "error": float("nan")})
     assert json.loads(line(ROW)) == ROW
+
+
+def test_files_beside_the_rows_are_told_apart(tmp_path: Path) -> None:
+    append(tmp_path / "rows.jsonl", ROW)
+    (tmp_path / "time.jsonl").write_text('{"case": "llama-12"}\n')
+    (tmp_path / "empty.jsonl").touch()
+    assert [path.name for path in sorted(tmp_path.iterdir()) if holds_rows(path)] == ["rows.jsonl"]
