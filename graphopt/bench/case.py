@@ -16,7 +16,7 @@ import torch
 import graphopt
 from graphopt.bench.peer import Problem, eager
 from graphopt.bench.peers import PEERS
-from graphopt.bench.problem import Model, own_stream, pose
+from graphopt.bench.problem import Model, device_named, own_stream, pose
 from graphopt.bench.results import results
 from graphopt.bench.rows import FORMAT, SCHEMA
 from graphopt.bench.side import BUILD, Side, Tell, build_peers, check, time_sides
@@ -190,8 +190,7 @@ def failed_row(case: Case, setting: Setting, failed: Mapping[str, Any]) -> Row:
         "device": case.device,
         "seed": case.seed,
         "failed": {key: value for key, value in failed.items() if value is not None},
-        **context(torch.device("cpu")),
-        "device_name": "",
+        **context(device_named(case.device)),
         "command": command_of(case, setting),
     }
 

@@ -46,6 +46,7 @@ def pose(
         InputError: the model cannot be cast, moved or padded.
         TargetError: the device is not there.
     """
+    module: torch.nn.Module
     if isinstance(model, torch.export.ExportedProgram):
         if dtype is not None or lengths is not None:
             raise InputError(
