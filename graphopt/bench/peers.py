@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 
 from graphopt.bench.onnx_peers import onnxruntime_modes, openvino, tensorrt_provider
-from graphopt.bench.peer import Mode, Peer, Problem, installed
+from graphopt.bench.peer import Mode, Peer, installed
 from graphopt.bench.torch_peers import eager_modes, inductor_mode, inductor_modes, torch_tensorrt
 from graphopt.errors import InputError
 
@@ -85,6 +85,3 @@ def named(text: str) -> list[str]:
                 hint=f"{meant}one of: {', '.join(PEERS)}",
             )
     return names
-
-
-__all__ = ["PEERS", "Mode", "Peer", "Problem", "named"]

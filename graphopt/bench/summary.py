@@ -130,7 +130,7 @@ def speed(ratio: dict[str, Any]) -> str:
     return f"{ratio['ratio']:.2f}× [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def floor(row: Row, prefix: str = "") -> str:
+def floor(row: Row) -> str:
     """A row's noise floor in words."""
-    noise = row.get(f"{prefix}noise")
+    noise = row.get("noise")
     return f"±{100 * noise['floor']:.1f}%" if noise else ""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +269,26 @@ def test_a_disk_that_is_full(place: Path, run: Run) -> None:
     done = run("bench", "bench_zoo:mlp", *FAST, "-o", "/dev/full")
     assert done.exit_code == 2, done.output
     assert "cannot write full" in done.stderr
+
+
+def test_a_terminal_shows_how_far_it_is_and_what_is_left(place: Path) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from graphopt.cli import main; main()", "bench", "bench_zoo:mlp", *FAST],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        text=True,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"},
+    )
+    os.close(follower)
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(leader, 4096):
+            said += part
+    os.close(leader)
+    tables, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", said.decode())
+    assert "1/1 bench_zoo:mlp: build eager" in text
+    assert re.search(r"0:00:\d\d left (0:00:\d\d|-:--:--)", text)
+    assert "geometric mean" in tables
