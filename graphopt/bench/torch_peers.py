@@ -52,8 +52,8 @@ def _inductor(problem: Problem, mode: str) -> Run:
     """
     options = {**torch._inductor.list_mode_options(mode), "freezing": True}
     compiled = torch.compile(problem.model, dynamic=False, options=options)
-    run = eager(compiled, problem.args, problem.kwargs)
-    with torch._inductor.config.patch(freezing=True):  # type: ignore[attr-defined]
+    run = eager(compiled, problem.args, problem.kwargs)  # type: ignore[arg-type]
+    with torch._inductor.config.patch(freezing=True):
         for _ in range(3):  # the second and third record CUDA graphs
             run()
     return run
