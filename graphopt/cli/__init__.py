@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.bench import bench
 from graphopt.cli.bisect import bisect
 from graphopt.cli.explain import explain
 from graphopt.cli.optimize import optimize
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (optimize, explain, bisect):
+for command in (optimize, explain, bisect, bench):
     app.command()(command)
 
 
