@@ -81,8 +81,7 @@ def _grouped_product(x_SD: torch.Tensor, weight_EDJ: torch.Tensor, ends_E: torch
     """(S, J): every row times its expert's weight; zeros behind the last expert's.
 
     On a GPU PyTorch has a grouped product of its own, for bfloat16 with rows of whole 16 bytes, that does not
-    wait for
-    ``ends`` on the host.
+    wait for ``ends`` on the host.
     """
     aligned = all(size * x_SD.element_size() % 16 == 0 for size in weight_EDJ.shape[1:])
     if x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned and x_SD.is_contiguous():
