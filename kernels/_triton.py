@@ -34,6 +34,7 @@ except ImportError:  # macOS, Windows, a CPU build of torch
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 OLDEST = (8, 0)  # compute capability of the first GPU with bfloat16 and asynchronous copies
 WITH_PDL = (9, 0)
+_INTERPRETED = None if tl is None else tl.constexpr(INTERPRETED)  # as a kernel may read it
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
 _prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=False)
@@ -195,3 +196,11 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
     """After the weights are read, and before anything else is read or written."""
     if PDL == 2:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def dot(a, b, acc):  # type: ignore[no-untyped-def]
+    """a @ b + acc, summed in float32. Float32 factors are not rounded to TF32; bfloat16 is beyond the interpreter."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,290 @@
+"""Matrix products with their epilogue in Triton: the kernels and launchers that several ops share.
+
+    out = act(x @ weight.T + bias) + residual
+
+Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those sums,
+and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
+
+Three kernels. ``_linear_kernel`` takes any strides and is the one for few rows. ``_linear_tma_kernel`` moves tiles
+with the tensor memory accelerator (TMA) of sm_90 and later, and its programs stay on their processors from tile to
+tile. Where a product has too few tiles to fill the GPU both cut its depth K into ``splits``, whose partial sums in
+float32 a third kernel adds in the order of their depth: the same bits in every run, which atomic additions in
+memory would not give.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.kernels._activations_triton import activate
+from graphopt.kernels._triton import (
+    dot,
+    jit,
+    launch,
+    processors,
+    tl,
+    triton,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+FEW_ROWS = 256  # to which a product waits for its weights more than for anything else
+RESIDENT, EACH = 1, 2  # TMA: a program goes on from tile to tile, or each tile has its own
+
+
+@jit
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Which tile a program makes: down GROUP_M row tiles, then on to the next column tile."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside = program % (GROUP_M * tiles_n)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@jit
+def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr, LINE: tl.constexpr):
+    """Ask for rows of weights to be brought into L2, a cache line of LINE elements at a time.
+
+    They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
+    """
+    lines = tl.arange(0, BLOCK_K // LINE) * LINE
+    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
+    for k in range(first, last, BLOCK_K):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [row_ptrs + tl.minimum(k + lines, last - 1)[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def _with_bias(acc, bias_ptr, columns, N):
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@jit
+def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):
+    if residual_ptr is not None:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        ptrs = residual_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :]
+        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@jit
+def _linear_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    stride_wk,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    split = tl.program_id(1)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    first = split * depth
+    last = tl.minimum(first + depth, K)
+    if PDL == 2 and PREFETCH:
+        prefetch_weights(weight_ptr, columns % N, stride_wn, first, last, BLOCK_K, 64)
+    wait_for_inputs(PDL)
+    # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_xm + (first + ks)[None, :]
+    weight_ptrs = weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        if EVEN_K:
+            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k + ks < last)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k + ks < last)[:, None], other=0.0)
+        acc = dot(x, weight, acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * stride_wk
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if SPLITS == 1:
+        acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+        tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        partial_ptr = out_ptr + split.to(tl.int64) * M * N
+        tl.store(partial_ptr + offsets, acc, mask=inside)
+
+
+@jit
+def _linear_tma_kernel(
+    out_ptr,
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_ptr,
+    out_desc,
+    M,
+    N,
+    K,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        split = part // tiles
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(steps):
+            k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
+            x = x_desc.load([tile_m * BLOCK_M, k])
+            weight = weight_desc.load([tile_n * BLOCK_N, k])
+            acc = dot(x, weight.T, acc)
+        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        if SPLITS > 1:
+            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
+            tl.store(out_ptr + offsets, acc, mask=inside)
+        elif HALVES == 2:
+            pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(pair)
+            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            left = activate(_with_bias(left, bias_ptr, columns, N), parameter, ACTIVATION)
+            left = _with_residual(left, residual_ptr, rows, columns, M, N, stride_rm)
+            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], left.to(out_desc.dtype))
+            columns += BLOCK_N // 2
+            right = activate(_with_bias(right, bias_ptr, columns, N), parameter, ACTIVATION)
+            right = _with_residual(right, residual_ptr, rows, columns, M, N, stride_rm)
+            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], right.to(out_desc.dtype))
+        else:
+            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+            acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], acc.to(out_desc.dtype))
+
+
+@jit
+def _split_sum_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    partial_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], M.to(tl.int64) * N, SPLITS)
+    acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+    acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])
+
+
+@jit
+def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums over all parts of the depth, each of ``size`` elements, in the order of their depth."""
+    acc = tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(partial_ptr + split * size + offsets, mask=inside, other=0.0)
+    return acc
+
+
+def products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: Config,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The products of rows and weights: finished, or where the configuration has SPLITS, partial sums.
+
+    Args:
+        x: (M, K), the last dimension together in memory.
+        weight: (N, K), any strides; with TMA as ``takes_tma`` says, and x likewise.
+        config: of ``_linear_configs.py``.
+        bias: (N,), for finished products only, as are the following.
+        activation: a name in ``_activations.py``.
+        parameter: of the activation.
+        residual: (M, N), the last dimension together in memory.
+
+    Returns:
+        (M, N) of x's dtype, or (SPLITS, M, N) in float32.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    constants = {"ACTIVATION": activation, **config.options}
+    tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
+    shape, dtype = ((M, N), x.dtype) if splits == 1 else ((splits, M, N), torch.float32)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    stride_rm = 0 if residual is None else residual.stride(0)
+    m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
+    tiles = triton.cdiv(M, m) * triton.cdiv(N, n)
+    if tma:
+        descriptors = described(x, m, k), described(weight, n, k)
+        out_desc = described(out, m, n // config.tiles["HALVES"]) if splits == 1 else None
+        programs = tiles * splits if tma == EACH else min(tiles * splits, processors(x.device))
+        args = out, *descriptors, bias, residual, out_desc, M, N, K, stride_rm, parameter
+        launch(_linear_tma_kernel, (programs,), *args, **constants)
+        return out
+    strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
+    constants["EVEN_K"] = K % (k * splits) == 0
+    constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
+    args = x, weight, bias, residual, out, M, N, K, *strides, parameter
+    launch(_linear_kernel, (tiles, splits), *args, **constants)
+    return out
+
+
+def described(x: torch.Tensor, *block: int) -> Any:
+    """A matrix as TMA sees it."""
+    return TensorDescriptor.from_tensor(x, list(block))
