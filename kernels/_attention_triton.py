@@ -1,22 +1,35 @@
 """Attention in Triton without ever writing the scores: the kernel and the launchers that attention ops share.
 
-A program takes a block of queries of one head and walks over the keys with a running maximum and a running sum of
-the softmax. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv:1805.02867); Dao,
-FlashAttention-2 (arXiv:2307.08691), algorithm 1.
+A program takes a block of queries of one head and walks over the keys with a running maximum and a running sum
+of the softmax. Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv:1805.02867);
+Dao, FlashAttention-2 (arXiv:2307.08691), algorithm 1.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
 
 from graphopt.kernels._rows import power_of_two
-from graphopt.kernels._triton import dot, jit, last_contiguous, launch, processors, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._triton import (
+    dot,
+    jit,
+    last_contiguous,
+    launch,
+    processors,
+    refuse,
+    tl,
+    triton,
+    wait_for_all,
+    wait_for_inputs,
+)
 from graphopt.kernels._tuning import Config, choose
 
-WIDEST = 256  # features of a head
+WIDEST = 256  # features of a head: query, sums and a step's keys and values stay on a processor
+SWALLOWS = -1e30  # a fill below it leaves no weight beside any score
 
 
 @jit
@@ -65,7 +78,7 @@ def _masked(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _attend(  # type: ignore[no-untyped-def]
+def _walk(  # type: ignore[no-untyped-def]
     acc,
     total,
     highest,
@@ -97,7 +110,7 @@ def _attend(  # type: ignore[no-untyped-def]
     FILLED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Queries against the keys from ``first`` to ``last``; with EDGE, some of them may be past what is seen."""
+    """Queries against the keys from ``first`` to ``last``; with EDGE, some may be past what is seen."""
     SCALED: tl.constexpr = CAPPED or MASK == 2 or FILLED
     factor = 1.4426950408889634 if SCALED else scale * 1.4426950408889634  # of the exponent, to base two
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
@@ -137,6 +150,27 @@ def _attend(  # type: ignore[no-untyped-def]
         key_ptrs += BLOCK_T * stride_kt
         value_ptrs += BLOCK_T * stride_vt
     return acc, total, highest
+
+
+@jit
+def _zero_outside(  # type: ignore[no-untyped-def]
+    out_ptr,
+    offsets_ptr,
+    tokens,
+    sequences,
+    stride,
+    E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Zeros for the tokens of no sequence, shared out among the programs of a head."""
+    first, last = tl.load(offsets_ptr), tl.load(offsets_ptr + sequences)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    for start in range(tl.program_id(0) * BLOCK_S, tokens, tl.num_programs(0) * BLOCK_S):
+        i = (start + tl.arange(0, BLOCK_S))[:, None]
+        outside = (i < first) | (i >= last)
+        zeros = tl.zeros((BLOCK_S, BLOCK_E), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + i.to(tl.int64) * stride + e, zeros, mask=outside & (i < tokens) & (e < E))
 
 
 @jit
@@ -187,14 +221,17 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     if CAUSAL:  # the longest first
         block = tl.num_programs(0) - 1 - block
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if offsets_ptr is not None:  # sequences one behind the other, in which batch counts them
-        begin = tl.load(offsets_ptr + batch).to(tl.int64)
-        S = (tl.load(offsets_ptr + batch + 1) - begin).to(tl.int32)
-        T = S
+    if offsets_ptr is not None:  # S tokens of T sequences one behind the other; one batch more for the others
+        begin = tl.load(offsets_ptr + tl.minimum(batch, T)).to(tl.int64)
+        end = tl.load(offsets_ptr + tl.minimum(batch + 1, T)).to(tl.int64)
+        if batch == T:
+            _zero_outside(out_ptr + head * E, offsets_ptr, S, T, H * E, E, BLOCK_S, BLOCK_E)
         query_ptr += begin * stride_qs
         key_ptr += begin * stride_kt
         value_ptr += begin * stride_vt
         out_ptr += begin * H * E
+        S = (end - begin).to(tl.int32)
+        T = S
     else:
         query_ptr += batch * stride_qb
         key_ptr += batch * stride_kb
@@ -221,12 +258,12 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         last = tl.minimum(last, (block + 1) * BLOCK_S)
         inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
     inner = tl.minimum(inner, last)
-    acc, total, highest = _attend(
+    acc, total, highest = _walk(
         acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, 0, inner, S, T,
         stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
         D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, False,
     )  # fmt: skip
-    acc, total, highest = _attend(
+    acc, total, highest = _walk(
         acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, inner, last, S, T,
         stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
         D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, True,
@@ -238,7 +275,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(s < S)[:, None] & (e < E)[None, :])
 
 
-def attention(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -251,46 +288,83 @@ def attention(
     """The launcher of ``kernels/attention.py``: its arguments and result."""
     (B, S, H, D), (T, K, E) = query.shape, value.shape[1:]
     out = query.new_empty((B, S, H, E))
-    if T == 0 or out.numel() == 0:
+    if T == 0:
         return out.zero_()
     query, key, value = (last_contiguous(x) for x in (query, key, value))
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     kind, mask_strides = 0, (0, 0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.expand(B, H, S, T)
-        mask_strides = mask.stride()
-    if kind == 0 and fill is not None and (not is_causal or fill <= SWALLOWS):
+        mask_strides = mask.expand(B, H, S, T).stride()
+    elif fill is not None and (not is_causal or fill <= SWALLOWS):
         fill = None  # nothing is forbidden, or causality alone leaves no row without a key
     empty_is_nan = fill == -math.inf
-    constants = {
-        "D": D,
-        "E": E,
-        "GROUP": H // K,
+    flags = {
         "MASK": kind,
         "MASK_PER_ROW": mask_strides[2] != 0,
         "CAUSAL": is_causal,
         "CAPPED": softcap is not None,
         "FILLED": fill is not None and not empty_is_nan,
         "EMPTY_IS_NAN": empty_is_nan,
-        "BLOCK_D": max(16, power_of_two(D)),
-        "BLOCK_E": max(16, power_of_two(E)),
     }
-    named = (B, S, T, H, K, D, E, query.dtype, kind, mask_strides[2] != 0, is_causal, softcap is None)
-    candidates = blocks(B * H, S, T, max(D, E), query.element_size(), processors(query.device))
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags}
+    named = B, S, T, H, D, E, query.dtype, *flags.values()
+    candidates = blocks(B * H, S, T, max(D, E), processors(query.device))
     config = choose(_attention_kernel, query.device, named, candidates)
-    grid = -(-S // config.tiles["BLOCK_S"]), H, B
     numbers = D**-0.5 if scale is None else scale, softcap or 1.0, fill or 0.0
-    args = (out, query, key, value, mask, None, S, T, H, *strides, *mask_strides, *map(float, numbers))
+    args = out, query, key, value, mask, None, S, T, H, *strides, *mask_strides, *map(float, numbers)
+    grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
+    launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
+    return out
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The launcher of ``kernels/packed_attention.py``: its arguments and result."""
+    (N, H, D), (K, E) = query.shape, value.shape[1:]
+    out = query.new_empty((N, H, E))
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
+    strides = [stride for x in (query, key, value) for stride in (0, *x.stride()[:2])]
+    sequences = offsets.shape[0] - 1
+    named = N, sequences, longest, H, D, E, query.dtype, is_causal
+    candidates = blocks(sequences * H, longest, longest, max(D, E), processors(query.device))
+    config = choose(_attention_kernel, query.device, named, candidates)
+    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN"), 0)
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
+    numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
+    args = out, query, key, value, None, offsets.contiguous(), N, sequences, H, *strides, 0, 0, 0, 0, *numbers
+    grid = max(triton.cdiv(longest, config.tiles["BLOCK_S"]), 1), H, sequences + 1
     launch(_attention_kernel, grid, *args, **constants, **config.options)
     return out
 
 
-SWALLOWS = -1e30
+def _padded(D: int, E: int) -> dict[str, int]:
+    """Features as blocks: powers of two, and no fewer than the tensor cores take."""
+    return {"BLOCK_D": max(16, power_of_two(D)), "BLOCK_E": max(16, power_of_two(E))}
+
+
+def refuse_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> str | None:
+    """Why no kernel here should take these arguments, or None."""
+    reason = refuse(query, key, value, mask)
+    if reason is None and query.dtype == torch.float32:
+        return "in float32 an exact product has no tensor cores, and TF32 is not exact"
+    width = max(query.shape[-1], value.shape[-1])
+    if reason is None and width > WIDEST:
+        return f"a head has {width} features, more than {WIDEST}"
+    return reason
 
 
 @functools.lru_cache(maxsize=1024)
-def blocks(heads: int, S: int, T: int, width: int, itemsize: int, processors: int) -> tuple[Config, ...]:
+def blocks(heads: int, S: int, T: int, width: int, processors: int) -> tuple[Config, ...]:
     """How attention may be cut up, the likeliest first.
 
     Args:
@@ -298,12 +372,11 @@ def blocks(heads: int, S: int, T: int, width: int, itemsize: int, processors: in
         S: queries of a sequence.
         T: keys of a sequence.
         width: features of a head.
-        itemsize: bytes of an element.
         processors: of the GPU.
     """
-    found = []
-    for s in (64, 128, 32, 16):
-        for t in (64, 128, 32):
-            for stages in (2, 3, 1):
-                found.append(Config({"BLOCK_S": s, "BLOCK_T": t}, 8 if s == 128 else 4, stages))
-    return tuple(found)
+    first = Config({"BLOCK_S": 64, "BLOCK_T": 64}, 4, 2)
+    others = (
+        Config({"BLOCK_S": s, "BLOCK_T": t}, 8 if s == 128 else 4, stages)
+        for s, t, stages in itertools.product((16, 32, 64, 128), (32, 64, 128), (1, 2, 3))
+    )
+    return (first, *(other for other in others if other != first))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from graphopt.kernels._tuning import Config
 
 
-def tiles(
-    m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8
-) -> Config:
+def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8) -> Config:
     """A configuration of ``_linear_kernel``.
 
     Args:
@@ -17,14 +17,22 @@ def tiles(
         warps: of a program.
         stages: steps whose tiles are on their way at a time.
         splits: parts that the depth is cut into, each summed by a program of its own.
-        group: row tiles that are walked through before the next column tile, so that they share weights in L2.
+        group: row tiles that are walked through before the next column tile: they share its weights in L2.
     """
     cut = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "SPLITS": splits, "TMA": 0}
     return Config(cut, warps, stages)
 
 
 def tma_tiles(
-    m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8, tma: int = 1, halves: int = 1
+    m: int,
+    n: int,
+    k: int,
+    warps: int,
+    stages: int,
+    splits: int = 1,
+    group: int = 8,
+    tma: int = 1,
+    extra: int = 0,
 ) -> Config:
     """A configuration of ``_linear_tma_kernel``.
 
@@ -35,9 +43,27 @@ def tma_tiles(
         warps: of a program.
         stages: steps whose tiles are on their way at a time.
         splits: parts that the depth is cut into.
-        group: row tiles that are walked through before the next column tile, so that they share weights in L2.
+        group: row tiles that are walked through before the next column tile: they share its weights in L2.
         tma: RESIDENT or EACH.
-        halves: parts that a tile is finished and stored in, to save registers and shared memory.
+        extra: further columns of a tile, with sums of their own; for tiles of 192, which no block can have.
     """
     cut = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "SPLITS": splits}
-    return Config({**cut, "TMA": tma, "HALVES": halves}, warps, stages)
+    return Config({**cut, "TMA": tma, "EXTRA_N": extra}, warps, stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_configs(
+    M: int, N: int, K: int, itemsize: int, processors: int, tma: bool, then_summed: bool
+) -> tuple[Config, ...]:
+    """How a product may be cut up, the likeliest first.
+
+    Args:
+        M: rows of x.
+        N: rows of the weight.
+        K: columns of both.
+        itemsize: bytes of an element.
+        processors: of the GPU.
+        tma: whether tiles may be moved by TMA.
+        then_summed: whether a kernel follows that adds up partial sums at no cost.
+    """
+    return (tiles(64, 64, 64, 4, 4),)

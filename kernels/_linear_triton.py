@@ -2,14 +2,14 @@
 
     out = act(x @ weight.T + bias) + residual
 
-Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those sums,
-and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
+Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those
+sums, and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
 
-Three kernels. ``_linear_kernel`` takes any strides and is the one for few rows. ``_linear_tma_kernel`` moves tiles
-with the tensor memory accelerator (TMA) of sm_90 and later, and its programs stay on their processors from tile to
-tile. Where a product has too few tiles to fill the GPU both cut its depth K into ``splits``, whose partial sums in
-float32 a third kernel adds in the order of their depth: the same bits in every run, which atomic additions in
-memory would not give.
+Three kernels. ``_linear_kernel`` takes any strides and is for few rows. ``_linear_tma_kernel`` moves tiles with
+the tensor memory accelerator (TMA) of sm_90 and later, and its programs may stay on their processors from tile to
+tile. Where a product has too few tiles to fill the GPU both cut its depth K into parts, whose sums in float32 a
+third kernel adds in the order of their depth: the same bits in every run, which atomic additions in memory would
+not give.
 """
 
 from __future__ import annotations
@@ -19,27 +19,33 @@ from typing import Any
 import torch
 
 from graphopt.kernels._activations_triton import activate
+from graphopt.kernels._linear_configs import linear_configs
+from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
+    as_rows,
+    capability,
     dot,
     jit,
     launch,
     processors,
+    refuse,
     tl,
     triton,
     wait_for_all,
     wait_for_inputs,
 )
-from graphopt.kernels._tuning import Config
+from graphopt.kernels._tuning import Config, choose
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 FEW_ROWS = 256  # to which a product waits for its weights more than for anything else
+WITH_TMA = (9, 0)
 RESIDENT, EACH = 1, 2  # TMA: a program goes on from tile to tile, or each tile has its own
 
 
 @jit
-def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which tile a program makes: down GROUP_M row tiles, then on to the next column tile."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
@@ -49,7 +55,7 @@ def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 
 @jit
-def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr, LINE: tl.constexpr):
+def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr, LINE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Ask for rows of weights to be brought into L2, a cache line of LINE elements at a time.
 
     They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
@@ -68,7 +74,7 @@ def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.const
 
 
 @jit
-def _with_bias(acc, bias_ptr, columns, N):
+def _with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -76,7 +82,7 @@ def _with_bias(acc, bias_ptr, columns, N):
 
 
 @jit
-def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):
+def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         ptrs = residual_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :]
@@ -85,7 +91,7 @@ def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):
 
 
 @jit
-def _linear_kernel(
+def _linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
     bias_ptr,
@@ -123,7 +129,9 @@ def _linear_kernel(
     # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
     ks = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_xm + (first + ks)[None, :]
-    weight_ptrs = weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
+    weight_ptrs = (
+        weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(first, last, BLOCK_K):
         if EVEN_K:
@@ -146,62 +154,95 @@ def _linear_kernel(
 
 
 @jit
-def _linear_tma_kernel(
+def _finish_tile(  # type: ignore[no-untyped-def]
+    acc,
     out_ptr,
+    out_desc,
+    bias_ptr,
+    residual_ptr,
+    row,
+    column,
+    split,
+    M,
+    N,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    rows = row + tl.arange(0, acc.shape[0])
+    columns = column + tl.arange(0, acc.shape[1])
+    if SPLITS == 1:
+        acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+        out_desc.store([row, column], acc.to(out_desc.dtype))
+    else:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
+        tl.store(out_ptr + offsets, acc, mask=inside)
+
+
+@jit
+def _linear_tma_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    weight_ptr,
     x_desc,
     weight_desc,
+    extra_desc,
     bias_ptr,
     residual_ptr,
     out_desc,
+    out_extra_desc,
     M,
     N,
     K,
+    stride_wn,
     stride_rm,
     parameter,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
-    HALVES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
-    wait_for_inputs(PDL)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    TILE_N: tl.constexpr = BLOCK_N + EXTRA_N
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILE_N)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    if PDL == 2 and PREFETCH:
+        _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, TILE_N, GROUP_M)
+        first = tl.program_id(0) // tiles * steps * BLOCK_K
+        columns = (tile_n * TILE_N + tl.arange(0, BLOCK_N)) % N
+        prefetch_weights(
+            weight_ptr, columns, stride_wn, first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K, 64
+        )
+    wait_for_inputs(PDL)
     for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, TILE_N, GROUP_M)
         split = part // tiles
+        row, column = tile_m * BLOCK_M, tile_n * TILE_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if EXTRA_N > 0:
+            extra = tl.zeros((BLOCK_M, EXTRA_N), tl.float32)
         for step in range(steps):
             k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
-            x = x_desc.load([tile_m * BLOCK_M, k])
-            weight = weight_desc.load([tile_n * BLOCK_N, k])
-            acc = dot(x, weight.T, acc)
-        rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        if SPLITS > 1:
-            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            inside = (rows < M)[:, None] & (columns < N)[None, :]
-            offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
-            tl.store(out_ptr + offsets, acc, mask=inside)
-        elif HALVES == 2:
-            pair = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(pair)
-            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-            left = activate(_with_bias(left, bias_ptr, columns, N), parameter, ACTIVATION)
-            left = _with_residual(left, residual_ptr, rows, columns, M, N, stride_rm)
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], left.to(out_desc.dtype))
-            columns += BLOCK_N // 2
-            right = activate(_with_bias(right, bias_ptr, columns, N), parameter, ACTIVATION)
-            right = _with_residual(right, residual_ptr, rows, columns, M, N, stride_rm)
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], right.to(out_desc.dtype))
-        else:
-            columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-            acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
-            out_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N], acc.to(out_desc.dtype))
+            x = x_desc.load([row, k])
+            acc = dot(x, weight_desc.load([column, k]).T, acc)
+            if EXTRA_N > 0:
+                extra = dot(x, extra_desc.load([column + BLOCK_N, k]).T, extra)
+        _finish_tile(
+            acc, out_ptr, out_desc, bias_ptr, residual_ptr, row, column,
+            split, M, N, stride_rm, parameter, ACTIVATION, SPLITS,
+        )  # fmt: skip
+        if EXTRA_N > 0:
+            _finish_tile(
+                extra, out_ptr, out_extra_desc, bias_ptr, residual_ptr, row, column + BLOCK_N,
+                split, M, N, stride_rm, parameter, ACTIVATION, SPLITS,
+            )  # fmt: skip
 
 
 @jit
@@ -231,7 +272,7 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # type: ignore[no-untyped-def]
     """The sums over all parts of the depth, each of ``size`` elements, in the order of their depth."""
     acc = tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
@@ -269,22 +310,85 @@ def products(
     out = torch.empty(shape, dtype=dtype, device=x.device)
     stride_rm = 0 if residual is None else residual.stride(0)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
-    tiles = triton.cdiv(M, m) * triton.cdiv(N, n)
+    constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
     if tma:
-        descriptors = described(x, m, k), described(weight, n, k)
-        out_desc = described(out, m, n // config.tiles["HALVES"]) if splits == 1 else None
-        programs = tiles * splits if tma == EACH else min(tiles * splits, processors(x.device))
-        args = out, *descriptors, bias, residual, out_desc, M, N, K, stride_rm, parameter
+        extra = config.tiles["EXTRA_N"]
+        parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n + extra)
+        programs = parts if tma == EACH else min(parts, processors(x.device))
+        moved = described(x, m, k), described(weight, n, k), described(weight, extra, k)
+        results = (described(out, m, n), described(out, m, extra)) if splits == 1 else (None, None)
+        args = out, weight, *moved, bias, residual, *results, M, N, K, weight.stride(0), stride_rm, parameter
         launch(_linear_tma_kernel, (programs,), *args, **constants)
         return out
     strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
     constants["EVEN_K"] = K % (k * splits) == 0
-    constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
     args = x, weight, bias, residual, out, M, N, K, *strides, parameter
-    launch(_linear_kernel, (tiles, splits), *args, **constants)
+    launch(_linear_kernel, (triton.cdiv(M, m) * triton.cdiv(N, n), splits), *args, **constants)
     return out
 
 
 def described(x: torch.Tensor, *block: int) -> Any:
-    """A matrix as TMA sees it."""
-    return TensorDescriptor.from_tensor(x, list(block))
+    """A matrix as TMA sees it, block by block; None for blocks of nothing."""
+    return TensorDescriptor.from_tensor(x, list(block)) if all(block) else None
+
+
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The launcher of ``linear_activation``, and of ``aten.linear``: their arguments and result."""
+    x_MK = as_rows(x)
+    residual_MN = None if residual is None else as_rows(residual)
+    (M, _), N = x_MK.shape, weight.shape[0]
+    bias_N = None if bias is None else bias.contiguous()
+    config = chosen(x_MK, weight, residual is not None)
+    if config.tiles["SPLITS"] == 1:
+        out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
+    else:
+        partial = products(x_MK, weight, config)
+        out = x.new_empty(M, N)
+        block = min(power_of_two(N), 1024)
+        stride = 0 if residual_MN is None else residual_MN.stride(0)
+        args = out, partial, bias_N, residual_MN, M, N, stride, parameter
+        cut = {"SPLITS": config.tiles["SPLITS"], "BLOCK_N": block}
+        launch(_split_sum_kernel, (M, triton.cdiv(N, block)), *args, ACTIVATION=activation, **cut)
+    return out.view(*x.shape[:-1], N)
+
+
+def chosen(x: torch.Tensor, weight: torch.Tensor, *flags: bool, then_summed: bool = False) -> Config:
+    """The configuration for a product.
+
+    Args:
+        x: (M, K).
+        weight: (N, K).
+        flags: what else a measured configuration depends on.
+        then_summed: whether a kernel follows that adds up partial sums at no cost.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    tma = takes_tma(x, weight)
+    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, then_summed, *flags
+    candidates = linear_configs(M, N, K, x.element_size(), processors(x.device), tma, then_summed)
+    return choose(_linear_kernel, x.device, named, candidates)
+
+
+def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether TMA can move the tiles: sm_90, rows together and on 16 bytes, those of the result too."""
+    if capability(x.device) < WITH_TMA:
+        return False
+    addresses = [t.data_ptr() for t in (x, weight)] + [t.stride(0) * t.element_size() for t in (x, weight)]
+    together = all(t.stride(1) == 1 for t in (x, weight))
+    return together and not any(n % 16 for n in (*addresses, weight.shape[0] * x.element_size()))
+
+
+def refuse_product(*tensors: torch.Tensor | None) -> str | None:
+    """Why no kernel here should take these factors, the rows first, or None."""
+    reason = refuse(*tensors)
+    if reason is None and tensors[0].dtype == torch.float32:
+        return "in float32 an exact product has no tensor cores, and TF32 is not exact: cuBLAS is as good"
+    if reason is None and 0 in tensors[0].shape:
+        return "an input is empty"
+    return reason

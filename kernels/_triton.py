@@ -200,7 +200,7 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
 
 @jit
 def dot(a, b, acc):  # type: ignore[no-untyped-def]
-    """a @ b + acc, summed in float32. Float32 factors are not rounded to TF32; bfloat16 is beyond the interpreter."""
+    """a @ b + acc, summed in float32, and of float32 not rounded to TF32. In the interpreter bfloat16 fails."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
