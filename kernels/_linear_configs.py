@@ -6,6 +6,9 @@ import functools
 
 from graphopt.kernels._tuning import Config
 
+FEW_ROWS = 256  # up to which a product waits for its weights more than for anything else
+RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
+
 
 def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8) -> Config:
     """A configuration of ``_linear_kernel``.
@@ -67,3 +70,11 @@ def linear_configs(
         then_summed: whether a kernel follows that adds up partial sums at no cost.
     """
     return (tiles(64, 64, 64, 4, 4),)
+
+
+@functools.lru_cache(maxsize=1024)
+def gated_configs(M: int, N: int, K: int, processors: int) -> tuple[Config, ...]:
+    """How two products of the same rows may be cut up, the likeliest first; arguments as above."""
+    sizes = ((64, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 32, 128, 4, 4))
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    return tuple(Config({**dict(zip(names, cut, strict=True)), "GROUP_M": 8}, warps, stages) for *cut, warps, stages in sizes)

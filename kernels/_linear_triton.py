@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from graphopt.kernels._activations_triton import activate
-from graphopt.kernels._linear_configs import linear_configs
+from graphopt.kernels._linear_configs import EACH, FEW_ROWS, linear_configs
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
     as_rows,
@@ -39,9 +39,7 @@ from graphopt.kernels._tuning import Config, choose
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-FEW_ROWS = 256  # to which a product waits for its weights more than for anything else
 WITH_TMA = (9, 0)
-RESIDENT, EACH = 1, 2  # TMA: a program goes on from tile to tile, or each tile has its own
 
 
 @jit
@@ -55,12 +53,12 @@ def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 
 @jit
-def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr, LINE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for rows of weights to be brought into L2, a cache line of LINE elements at a time.
+def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for rows of weights to be brought into L2, a cache line of 64 elements of two bytes at a time.
 
     They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
     """
-    lines = tl.arange(0, BLOCK_K // LINE) * LINE
+    lines = tl.arange(0, BLOCK_K // 64) * 64
     row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
     for k in range(first, last, BLOCK_K):
         tl.inline_asm_elementwise(
@@ -74,7 +72,7 @@ def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.const
 
 
 @jit
-def _with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
+def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -124,7 +122,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     first = split * depth
     last = tl.minimum(first + depth, K)
     if PDL == 2 and PREFETCH:
-        prefetch_weights(weight_ptr, columns % N, stride_wn, first, last, BLOCK_K, 64)
+        prefetch_weights(weight_ptr, columns % N, stride_wn, first, last, BLOCK_K)
     wait_for_inputs(PDL)
     # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
     ks = tl.arange(0, BLOCK_K)
@@ -145,7 +143,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if SPLITS == 1:
-        acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
         acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
         tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
@@ -173,7 +171,7 @@ def _finish_tile(  # type: ignore[no-untyped-def]
     rows = row + tl.arange(0, acc.shape[0])
     columns = column + tl.arange(0, acc.shape[1])
     if SPLITS == 1:
-        acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
         acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
         out_desc.store([row, column], acc.to(out_desc.dtype))
     else:
@@ -266,7 +264,7 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], M.to(tl.int64) * N, SPLITS)
-    acc = activate(_with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+    acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
     acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])
 

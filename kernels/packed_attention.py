@@ -139,8 +139,6 @@ def _onnx(
     scale: float | None = None,
 ) -> Any:
     """Attention under a mask of blocks: ONNX Runtime's PackedMultiHeadAttention is for CUDA alone."""
-    assert query.shape is not None
-    assert key.shape is not None
     tokens = op.Squeeze(op.Shape(query, start=0, end=1))
     at = op.Range(op.Constant(value_int=0), tokens, op.Constant(value_int=1))
     behind = op.GreaterOrEqual(op.Unsqueeze(at, [1]), op.Unsqueeze(op.Cast(offsets, to=7), [0]))
@@ -150,19 +148,9 @@ def _onnx(
     seen = op.And(op.Equal(sequence, op.Transpose(sequence, perm=[1, 0])), inside)
     if is_causal:
         seen = op.And(seen, op.LessOrEqual(op.Unsqueeze(at, [0]), op.Unsqueeze(at, [1])))
-    out = emit(
-        "Attention",
-        *(op.Unsqueeze(op.Reshape(x, [0, -1]), [0]) for x in (query, key, value)),
-        op.Unsqueeze(seen, [0, 1]),
-        domain="",
-        version=23,
-        q_num_heads=query.shape[1],
-        kv_num_heads=key.shape[1],
-        is_causal=0,
-        scale=scale,
-        softcap=None,
-    )
-    return op.Reshape(op.Squeeze(out, [0]), [0, query.shape[1], -1])
+    heads_first = (op.Unsqueeze(op.Transpose(x, perm=[1, 0, 2]), [0]) for x in (query, key, value))
+    out = emit("Attention", *heads_first, op.Unsqueeze(seen, [0, 1]), domain="", version=23, scale=scale)
+    return op.Transpose(op.Squeeze(out, [0]), perm=[1, 0, 2])
 
 
 def _packed(
