@@ -160,7 +160,7 @@ def context(setting: Setting) -> dict[str, Any]:
         "threads": setting.threads,
         "rounds": setting.rounds,
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -172,12 +172,12 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit measured, with a mark when the tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
+        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
         changed = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + ("+" if changed.strip() else "")
+    return head.strip() + ("+" if changed.strip() else "")

@@ -8,13 +8,62 @@ from graphopt.kernels import _attention_triton as A
 from graphopt.kernels._tuning import Config
 
 SHAPES = {"qkv": (2304, 768), "proj": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
-SMALL = [tiles(64, 64, 128, 4, 4), tiles(64, 32, 128, 4, 4), tiles(64, 32, 128, 4, 4, 2), tiles(64, 32, 128, 4, 3, 2), tiles(64, 64, 128, 4, 4, 4), tiles(64, 64, 256, 4, 2), tiles(64, 32, 256, 4, 3), tiles(64, 32, 256, 4, 2),
-         tiles(32, 32, 128, 4, 4), tiles(32, 32, 128, 2, 4), tiles(32, 64, 256, 4, 2), tiles(64, 64, 128, 8, 4), tiles(64, 32, 256, 4, 2, 3), tiles(64, 64, 256, 4, 2, 3)]
-SMALL_TMA = [tma_tiles(m, n, k, w, s, sp, 8, 2) for (m, n) in ((64, 64), (64, 32), (128, 32), (128, 16), (64, 16))
-         for (k, s) in ((128, 4), (128, 5), (128, 6), (256, 3), (256, 2)) for w in (4,) for sp in (1, 2, 3, 4, 6) if (m + n) * k * 2 * s + m * n * 2 < 227e3]
-LARGE = [tma_tiles(m, n, 64, w, s, sp, g, t, e) for (m, n, e, w) in ((128, 128, 64, 8), (128, 128, 64, 4), (128, 128, 128, 8), (128, 128, 0, 8), (128, 128, 0, 4), (64, 128, 64, 4), (256, 128, 0, 8), (256, 64, 32, 8), (128, 64, 32, 4), (64, 64, 32, 4), (64, 128, 0, 4), (128, 128, 16, 8), (128, 256, 0, 8), (64, 256, 0, 4))
-         for s in (3, 4, 5, 6) for g in (8, ) for t in (1, 2) for sp in (1, 2, 3, 4) if (m + n + e) * 64 * 2 * s + m * (n + e) * (2 if sp == 1 else 0) < 228e3 and (sp == 1 or m * (n + e) <= 128*192)]
-LARGE = [c for c in LARGE if not (c.tiles['BLOCK_M'] * (c.tiles['BLOCK_N'] + c.tiles['EXTRA_N']) <= 8192) == (c.num_stages < 5) and (c.tiles['TMA'] == 1) == (c.tiles['SPLITS'] == 1)]
+SMALL = [
+    tiles(64, 64, 128, 4, 4),
+    tiles(64, 32, 128, 4, 4),
+    tiles(64, 32, 128, 4, 4, 2),
+    tiles(64, 32, 128, 4, 3, 2),
+    tiles(64, 64, 128, 4, 4, 4),
+    tiles(64, 64, 256, 4, 2),
+    tiles(64, 32, 256, 4, 3),
+    tiles(64, 32, 256, 4, 2),
+    tiles(32, 32, 128, 4, 4),
+    tiles(32, 32, 128, 2, 4),
+    tiles(32, 64, 256, 4, 2),
+    tiles(64, 64, 128, 8, 4),
+    tiles(64, 32, 256, 4, 2, 3),
+    tiles(64, 64, 256, 4, 2, 3),
+]
+SMALL_TMA = [
+    tma_tiles(m, n, k, w, s, sp, 8, 2)
+    for (m, n) in ((64, 64), (64, 32), (128, 32), (128, 16), (64, 16))
+    for (k, s) in ((128, 4), (128, 5), (128, 6), (256, 3), (256, 2))
+    for w in (4,)
+    for sp in (1, 2, 3, 4, 6)
+    if (m + n) * k * 2 * s + m * n * 2 < 227e3
+]
+LARGE = [
+    tma_tiles(m, n, 64, w, s, sp, g, t, e)
+    for (m, n, e, w) in (
+        (128, 128, 64, 8),
+        (128, 128, 64, 4),
+        (128, 128, 128, 8),
+        (128, 128, 0, 8),
+        (128, 128, 0, 4),
+        (64, 128, 64, 4),
+        (256, 128, 0, 8),
+        (256, 64, 32, 8),
+        (128, 64, 32, 4),
+        (64, 64, 32, 4),
+        (64, 128, 0, 4),
+        (128, 128, 16, 8),
+        (128, 256, 0, 8),
+        (64, 256, 0, 4),
+    )
+    for s in (3, 4, 5, 6)
+    for g in (8,)
+    for t in (1, 2)
+    for sp in (1, 2, 3, 4)
+    if (m + n + e) * 64 * 2 * s + m * (n + e) * (2 if sp == 1 else 0) < 228e3
+    and (sp == 1 or m * (n + e) <= 128 * 192)
+]
+LARGE = [
+    c
+    for c in LARGE
+    if not (c.tiles["BLOCK_M"] * (c.tiles["BLOCK_N"] + c.tiles["EXTRA_N"]) <= 8192) == (c.num_stages < 5)
+    and (c.tiles["TMA"] == 1) == (c.tiles["SPLITS"] == 1)
+]
+
 
 def name(c):
     t = c.tiles
@@ -107,7 +156,8 @@ def graph(thunks):
     g = torch.cuda.CUDAGraph()
     s = torch.cuda.Stream()
     s.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(s): thunks[0]()
+    with torch.cuda.stream(s):
+        thunks[0]()
     torch.cuda.synchronize()
     with torch.cuda.graph(g, stream=s):
         for t in thunks:
@@ -244,11 +294,35 @@ def main():
                 cs = {name(c): c for c in configs}
                 for _, n, _ in best[:1]:
                     with prefetched_weights():
-                        peers.append(("best, weights in L2", graph([lambda i=i: run(xs[i % 3], ws[i % 2], b, cs[n], spec(s), r) for i in range(R)])))
-                    peers.append(("best, no early weights", graph([lambda i=i: run(xs[i % 3], ws[i], b, cs[n], spec(s), r) for i in range(R)])))
+                        peers.append(
+                            (
+                                "best, weights in L2",
+                                graph(
+                                    [
+                                        lambda i=i: run(xs[i % 3], ws[i % 2], b, cs[n], spec(s), r)
+                                        for i in range(R)
+                                    ]
+                                ),
+                            )
+                        )
+                    peers.append(
+                        (
+                            "best, no early weights",
+                            graph(
+                                [lambda i=i: run(xs[i % 3], ws[i], b, cs[n], spec(s), r) for i in range(R)]
+                            ),
+                        )
+                    )
                     if norm:
                         with prefetched_weights():
-                            peers.append(("best, no norm", graph([lambda i=i: L.products(xs[i % 3], ws[i], cs[n]) for i in range(R)])))
+                            peers.append(
+                                (
+                                    "best, no norm",
+                                    graph(
+                                        [lambda i=i: L.products(xs[i % 3], ws[i], cs[n]) for i in range(R)]
+                                    ),
+                                )
+                            )
             everyone = [(n, g) for _, n, g in best] + peers
             t = times([g for _, g in everyone], 15, R)
             flop = 2 * M * N * K

@@ -75,6 +75,15 @@ def linear_configs(
 @functools.lru_cache(maxsize=1024)
 def gated_configs(M: int, N: int, K: int, processors: int) -> tuple[Config, ...]:
     """How two products of the same rows may be cut up, the likeliest first; arguments as above."""
-    sizes = ((64, 64, 64, 4, 4), (128, 128, 64, 8, 3), (64, 64, 128, 4, 3), (64, 128, 64, 4, 4), (64, 32, 128, 4, 4))
+    sizes = (
+        (64, 64, 64, 4, 4),
+        (128, 128, 64, 8, 3),
+        (64, 64, 128, 4, 3),
+        (64, 128, 64, 4, 4),
+        (64, 32, 128, 4, 4),
+    )
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
-    return tuple(Config({**dict(zip(names, cut, strict=True)), "GROUP_M": 8}, warps, stages) for *cut, warps, stages in sizes)
+    return tuple(
+        Config({**dict(zip(names, cut, strict=True)), "GROUP_M": 8}, warps, stages)
+        for *cut, warps, stages in sizes
+    )

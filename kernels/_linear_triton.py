@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._activations_triton import activate
+from graphopt.kernels._activations_triton import activate, gelu_to_half
 from graphopt.kernels._linear_configs import EACH, FEW_ROWS, linear_configs
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
@@ -76,6 +76,16 @@ def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@jit
+def epilogue(acc, parameter, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of sums whose result is in half precision."""
+    if ACTIVATION == "gelu":
+        acc = gelu_to_half(acc)
+    else:
+        acc = activate(acc, parameter, ACTIVATION)
     return acc
 
 
@@ -143,7 +153,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if SPLITS == 1:
-        acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
         acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
         tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
@@ -171,7 +181,7 @@ def _finish_tile(  # type: ignore[no-untyped-def]
     rows = row + tl.arange(0, acc.shape[0])
     columns = column + tl.arange(0, acc.shape[1])
     if SPLITS == 1:
-        acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
         acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
         out_desc.store([row, column], acc.to(out_desc.dtype))
     else:
@@ -264,7 +274,7 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], M.to(tl.int64) * N, SPLITS)
-    acc = activate(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+    acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
     acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])
 

@@ -88,6 +88,13 @@ def row_tile(rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @jit
+def broadcast_tile(ptr, row, column, seen, inner, stride_outer, stride_inner):  # type: ignore[no-untyped-def]
+    """The tile of a tensor laid out as ``broadcast_rows`` says, in float32."""
+    start = row // inner * stride_outer + row % inner * stride_inner
+    return tl.load(ptr + start + column, mask=seen, other=0.0).to(tl.float32)
+
+
+@jit
 def vector(ptr, column, D: tl.constexpr, GIVEN: tl.constexpr, default: tl.constexpr):  # type: ignore[no-untyped-def]
     """A value a feature, (1, D) in float32; the default where no vector is given."""
     if GIVEN:

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
-from graphopt.kernels._activations_triton import activate
 from graphopt.kernels._linear_configs import FEW_ROWS, gated_configs
-from graphopt.kernels._linear_triton import prefetch_weights, refuse_product, tile_of, with_bias
+from graphopt.kernels._linear_triton import epilogue, prefetch_weights, refuse_product, tile_of, with_bias
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 from graphopt.kernels._triton import (
@@ -180,7 +179,7 @@ def _gated_mlp_kernel(  # type: ignore[no-untyped-def]
         x_ptrs += BLOCK_K
         gate_ptrs += BLOCK_K * stride_gk
         up_ptrs += BLOCK_K * stride_uk
-    gate = activate(with_bias(gate, gate_bias_ptr, columns, N), 1.0, ACTIVATION)
+    gate = epilogue(with_bias(gate, gate_bias_ptr, columns, N), 1.0, ACTIVATION)
     out = gate * with_bias(up, up_bias_ptr, columns, N)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
