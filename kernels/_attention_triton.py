@@ -222,8 +222,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         block = tl.num_programs(0) - 1 - block
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     if offsets_ptr is not None:  # S tokens of T sequences one behind the other; one batch more for the others
-        begin = tl.load(offsets_ptr + tl.minimum(batch, T)).to(tl.int64)
-        end = tl.load(offsets_ptr + tl.minimum(batch + 1, T)).to(tl.int64)
+        begin = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch, T)), S).to(tl.int64)
+        end = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch + 1, T)), S).to(tl.int64)
         if batch == T:
             _zero_outside(out_ptr + head * E, offsets_ptr, S, T, H * E, E, BLOCK_S, BLOCK_E)
         query_ptr += begin * stride_qs
@@ -355,7 +355,7 @@ def refuse_heads(
 ) -> str | None:
     """Why no kernel here should take these arguments, or None."""
     reason = refuse(query, key, value, mask)
-    if reason is None and query.dtype == torch.float32:
+    if reason is None and query.dtype == torch.float32 and query.device.type == "cuda":
         return "in float32 an exact product has no tensor cores, and TF32 is not exact"
     width = max(query.shape[-1], value.shape[-1])
     if reason is None and width > WIDEST:

@@ -315,7 +315,7 @@ def products(
     constants = {"ACTIVATION": activation, **config.options}
     tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
     shape, dtype = ((M, N), x.dtype) if splits == 1 else ((splits, M, N), torch.float32)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    out = x.new_empty(shape, dtype=dtype)
     stride_rm = 0 if residual is None else residual.stride(0)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
@@ -392,11 +392,11 @@ def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return together and not any(n % 16 for n in (*addresses, weight.shape[0] * x.element_size()))
 
 
-def refuse_product(*tensors: torch.Tensor | None) -> str | None:
-    """Why no kernel here should take these factors, the rows first, or None."""
-    reason = refuse(*tensors)
-    if reason is None and tensors[0].dtype == torch.float32:
+def refuse_product(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why no kernel here should take these factors and vectors, the rows first, or None."""
+    reason = refuse(x, *others)
+    if reason is None and x.dtype == torch.float32 and x.device.type == "cuda":
         return "in float32 an exact product has no tensor cores, and TF32 is not exact: cuBLAS is as good"
-    if reason is None and 0 in tensors[0].shape:
-        return "an input is empty"
+    if reason is None and x.shape[-1] == 0:
+        return "the product has no depth"
     return reason
