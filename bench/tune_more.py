@@ -7,7 +7,7 @@ from graphopt.kernels._linear_configs import tiles, tma_tiles
 from graphopt.kernels._tuning import Config
 from graphopt.kernels import gated_mlp as G
 from graphopt.kernels._triton import prefetched_weights
-MORE = [tma_tiles(m, n, 128, w, s, sp, g, t, 0) for (m, n, w, s) in ((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 256, 4, 2), (128, 256, 8, 2), (256, 128, 8, 2), (128, 64, 4, 4), (64, 64, 4, 6), (64, 64, 4, 4))
+MORE = [tma_tiles(m, n, 128, w, s, sp, g, t) for (m, n, w, s) in ((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 256, 4, 2), (128, 256, 8, 2), (256, 128, 8, 2), (128, 64, 4, 4), (64, 64, 4, 6), (64, 64, 4, 4))
         for sp in (1, 2) for g in (8, 2) for t in (1,) if sp == 1 or m * n <= 128 * 128]
 MORE += [tma_tiles(128, 256, 64, 8, 3, 1, g, t) for g in (1, 4, 16) for t in (1, 2)] + [tma_tiles(64, 128, 64, 4, 6, 1, g, t) for g in (2, 8) for t in (1, 2)] + [tma_tiles(128, 256, 64, 8, 4, 1, 8, t) for t in (1, 2)]
 T.LARGE = MORE

@@ -33,7 +33,7 @@ SMALL_TMA = [
     if (m + n) * k * 2 * s + m * n * 2 < 227e3
 ]
 LARGE = [
-    tma_tiles(m, n, 64, w, s, sp, g, t, e)
+    tma_tiles(m, n, 64, w, s, sp, g, t)
     for (m, n, e, w) in (
         (128, 128, 64, 8),
         (128, 128, 64, 4),
@@ -60,7 +60,7 @@ LARGE = [
 LARGE = [
     c
     for c in LARGE
-    if not (c.tiles["BLOCK_M"] * (c.tiles["BLOCK_N"] + c.tiles["EXTRA_N"]) <= 8192) == (c.num_stages < 5)
+    if not (c.tiles["BLOCK_M"] * c.tiles["BLOCK_N"] <= 8192) == (c.num_stages < 5)
     and (c.tiles["TMA"] == 1) == (c.tiles["SPLITS"] == 1)
 ]
 
@@ -68,7 +68,7 @@ LARGE = [
 def name(c):
     t = c.tiles
     return f"{t['BLOCK_M']}x{t['BLOCK_N']}x{t['BLOCK_K']} w{c.num_warps} s{c.num_stages} sp{t['SPLITS']} " + (
-        f"tma{t['TMA']} +{t['EXTRA_N']}" if t["TMA"] else "ptr"
+        f"tma{t['TMA']}" if t["TMA"] else "ptr"
     )
 
 

@@ -5,11 +5,10 @@
 Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those
 sums, and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
 
-Three kernels. ``_linear_kernel`` takes any strides and is for few rows. ``_linear_tma_kernel`` moves tiles with
-the tensor memory accelerator (TMA) of sm_90 and later, and its programs may stay on their processors from tile to
-tile. Where a product has too few tiles to fill the GPU both cut its depth K into parts, whose sums in float32 a
-third kernel adds in the order of their depth: the same bits in every run, which atomic additions in memory would
-not give.
+Three kernels. ``_linear_kernel`` takes any strides. ``_linear_tma_kernel`` moves tiles with the tensor memory
+accelerator (TMA) of sm_90 and later, and its programs may stay on their processors from tile to tile. Where
+a product has too few tiles to fill the GPU both cut its depth K into parts, whose sums in float32 a third
+kernel adds in the order of their depth: the same bits in every run, unlike atomic additions in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from graphopt.kernels._activations_triton import activate, gelu_to_half
-from graphopt.kernels._linear_configs import EACH, FEW_ROWS, linear_configs
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, Chip, linear_configs
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
     as_rows,
@@ -29,6 +28,7 @@ from graphopt.kernels._triton import (
     launch,
     processors,
     refuse,
+    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -82,11 +82,7 @@ def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
 @jit
 def epilogue(acc, parameter, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activation of sums whose result is in half precision."""
-    if ACTIVATION == "gelu":
-        acc = gelu_to_half(acc)
-    else:
-        acc = activate(acc, parameter, ACTIVATION)
-    return acc
+    return gelu_to_half(acc) if ACTIVATION == "gelu" else activate(acc, parameter, ACTIVATION)
 
 
 @jit
@@ -162,45 +158,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _finish_tile(  # type: ignore[no-untyped-def]
-    acc,
-    out_ptr,
-    out_desc,
-    bias_ptr,
-    residual_ptr,
-    row,
-    column,
-    split,
-    M,
-    N,
-    stride_rm,
-    parameter,
-    ACTIVATION: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    rows = row + tl.arange(0, acc.shape[0])
-    columns = column + tl.arange(0, acc.shape[1])
-    if SPLITS == 1:
-        acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-        acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
-        out_desc.store([row, column], acc.to(out_desc.dtype))
-    else:
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
-        tl.store(out_ptr + offsets, acc, mask=inside)
-
-
-@jit
 def _linear_tma_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     weight_ptr,
     x_desc,
     weight_desc,
-    extra_desc,
     bias_ptr,
     residual_ptr,
     out_desc,
-    out_extra_desc,
     M,
     N,
     K,
@@ -210,7 +175,6 @@ def _linear_tma_kernel(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EXTRA_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -218,39 +182,35 @@ def _linear_tma_kernel(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
-    TILE_N: tl.constexpr = BLOCK_N + EXTRA_N
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, TILE_N)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
     if PDL == 2 and PREFETCH:
-        _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, TILE_N, GROUP_M)
+        _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         first = tl.program_id(0) // tiles * steps * BLOCK_K
-        columns = (tile_n * TILE_N + tl.arange(0, BLOCK_N)) % N
+        columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
         prefetch_weights(
             weight_ptr, columns, stride_wn, first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K, 64
         )
     wait_for_inputs(PDL)
     for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, TILE_N, GROUP_M)
+        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         split = part // tiles
-        row, column = tile_m * BLOCK_M, tile_n * TILE_N
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if EXTRA_N > 0:
-            extra = tl.zeros((BLOCK_M, EXTRA_N), tl.float32)
         for step in range(steps):
             k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
             x = x_desc.load([row, k])
             acc = dot(x, weight_desc.load([column, k]).T, acc)
-            if EXTRA_N > 0:
-                extra = dot(x, extra_desc.load([column + BLOCK_N, k]).T, extra)
-        _finish_tile(
-            acc, out_ptr, out_desc, bias_ptr, residual_ptr, row, column,
-            split, M, N, stride_rm, parameter, ACTIVATION, SPLITS,
-        )  # fmt: skip
-        if EXTRA_N > 0:
-            _finish_tile(
-                extra, out_ptr, out_extra_desc, bias_ptr, residual_ptr, row, column + BLOCK_N,
-                split, M, N, stride_rm, parameter, ACTIVATION, SPLITS,
-            )  # fmt: skip
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        if SPLITS == 1:
+            acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+            acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+            out_desc.store([row, column], acc.to(out_desc.dtype))
+        else:
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
+            tl.store(out_ptr + offsets, acc, mask=inside)
 
 
 @jit
@@ -280,7 +240,7 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]  # type: ignore[no-untyped-def]
+def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The sums over all parts of the depth, each of ``size`` elements, in the order of their depth."""
     acc = tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
@@ -297,7 +257,7 @@ def products(
     parameter: float = 1.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The products of rows and weights: finished, or where the configuration has SPLITS, partial sums.
+    """The products of rows and weights: finished, or for another kernel to finish.
 
     Args:
         x: (M, K), the last dimension together in memory.
@@ -309,8 +269,10 @@ def products(
         residual: (M, N), the last dimension together in memory.
 
     Returns:
-        (M, N) of x's dtype, or (SPLITS, M, N) in float32.
+        (M, N) of x's dtype, finished or by cuBLAS; or partial sums, (SPLITS, M, N) in float32.
     """
+    if config == BY_CUBLAS:
+        return x @ weight.T
     (M, K), N = x.shape, weight.shape[0]
     constants = {"ACTIVATION": activation, **config.options}
     tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
@@ -320,12 +282,11 @@ def products(
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
     if tma:
-        extra = config.tiles["EXTRA_N"]
-        parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n + extra)
+        parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n)
         programs = parts if tma == EACH else min(parts, processors(x.device))
-        moved = described(x, m, k), described(weight, n, k), described(weight, extra, k)
-        results = (described(out, m, n), described(out, m, extra)) if splits == 1 else (None, None)
-        args = out, weight, *moved, bias, residual, *results, M, N, K, weight.stride(0), stride_rm, parameter
+        moved = described(x, m, k), described(weight, n, k)
+        result = described(out, m, n) if splits == 1 else None
+        args = out, weight, *moved, bias, residual, result, M, N, K, weight.stride(0), stride_rm, parameter
         launch(_linear_tma_kernel, (programs,), *args, **constants)
         return out
     strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
@@ -336,8 +297,8 @@ def products(
 
 
 def described(x: torch.Tensor, *block: int) -> Any:
-    """A matrix as TMA sees it, block by block; None for blocks of nothing."""
-    return TensorDescriptor.from_tensor(x, list(block)) if all(block) else None
+    """A matrix as TMA sees it, block by block."""
+    return TensorDescriptor.from_tensor(x, list(block))
 
 
 def project(
@@ -353,8 +314,9 @@ def project(
     residual_MN = None if residual is None else as_rows(residual)
     (M, _), N = x_MK.shape, weight.shape[0]
     bias_N = None if bias is None else bias.contiguous()
-    config = chosen(x_MK, weight, residual is not None)
-    if config.tiles["SPLITS"] == 1:
+    finished = residual is not None or activation != "none"
+    config = chosen(x_MK, weight, finished=finished)
+    if config.tiles.get("SPLITS") == 1:
         out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
     else:
         partial = products(x_MK, weight, config)
@@ -362,24 +324,25 @@ def project(
         block = min(power_of_two(N), 1024)
         stride = 0 if residual_MN is None else residual_MN.stride(0)
         args = out, partial, bias_N, residual_MN, M, N, stride, parameter
-        cut = {"SPLITS": config.tiles["SPLITS"], "BLOCK_N": block}
+        cut = {"SPLITS": config.tiles.get("SPLITS", 1), "BLOCK_N": block}
         launch(_split_sum_kernel, (M, triton.cdiv(N, block)), *args, ACTIVATION=activation, **cut)
     return out.view(*x.shape[:-1], N)
 
 
-def chosen(x: torch.Tensor, weight: torch.Tensor, *flags: bool, then_summed: bool = False) -> Config:
+def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False) -> Config:
     """The configuration for a product.
 
     Args:
         x: (M, K).
         weight: (N, K).
-        flags: what else a measured configuration depends on.
-        then_summed: whether a kernel follows that adds up partial sums at no cost.
+        finished: whether something is done to the product.
+        then_summed: whether by a kernel that adds up partial sums at no cost.
     """
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
-    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, then_summed, *flags
-    candidates = linear_configs(M, N, K, x.element_size(), processors(x.device), tma, then_summed)
+    chip = Chip(processors(x.device), shared_memory(x.device))
+    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed
+    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished)
     return choose(_linear_kernel, x.device, named, candidates)
 
 

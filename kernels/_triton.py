@@ -171,6 +171,15 @@ def processors(device: torch.device) -> int:
     return count
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H100's for what is no GPU."""
+    if device.type != "cuda":
+        return 232448
+    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return most
+
+
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension lies together in memory, else a contiguous copy."""
     return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -212,7 +221,7 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
 
 @jit
 def dot(a, b, acc):  # type: ignore[no-untyped-def]
-    """a @ b + acc, summed in float32, and of float32 not rounded to TF32. In the interpreter bfloat16 fails."""
+    """a @ b + acc, summed in float32, and of float32 not rounded to TF32; the interpreter has no bfloat16."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

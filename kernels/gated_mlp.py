@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
-from graphopt.kernels._linear_configs import FEW_ROWS, gated_configs
+from graphopt.kernels._linear_configs import FEW_ROWS, Chip, gated_configs
 from graphopt.kernels._linear_triton import epilogue, prefetch_weights, refuse_product, tile_of, with_bias
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
@@ -27,6 +27,7 @@ from graphopt.kernels._triton import (
     jit,
     launch,
     processors,
+    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -200,7 +201,8 @@ def _launch(
     weights = gate_weight, up_weight
     together = all(w.stride(1) == 1 for w in weights)
     key = M, N, K, x.dtype, together
-    config = choose(_gated_mlp_kernel, x.device, key, gated_configs(M, N, K, processors(x.device)))
+    chip = Chip(processors(x.device), shared_memory(x.device))
+    config = choose(_gated_mlp_kernel, x.device, key, gated_configs(M, x.element_size(), chip))
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     biases = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     strides = x_MK.stride(0), *gate_weight.stride(), *up_weight.stride()

@@ -3,8 +3,9 @@
     total = x @ weight.T + bias + residual
     out = (total - mean(total)) / sqrt(var(total) + eps) * norm_weight + norm_bias
 
-Mean and (biased) variance are over the last dimension. In one op because a product of few rows has too few tiles to
-fill a GPU: it is cut along its depth, and the norm, which must read every sum once anyway, adds the parts up.
+Mean and (biased) variance are over the last dimension. In one op because a product of few rows has too few
+tiles to fill a GPU: it is cut along its depth, and the norm, which must read every sum anyway, adds up the
+parts.
 
 Source: Ba et al., Layer Normalization (arXiv:1607.06450), equation 4.
 """
@@ -26,8 +27,8 @@ from graphopt.kernels._triton import as_rows, jit, launch, tl, wait_for_all, wai
 from graphopt.kernels._tuning import choose
 
 SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? norm_weight, Tensor? norm_bias, float eps)"
-    " -> (Tensor normed, Tensor total)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? norm_weight, Tensor? norm_bias,"
+    " float eps) -> (Tensor normed, Tensor total)"
 )
 
 
@@ -141,10 +142,10 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x_MK, residual_MD = as_rows(x), as_rows(residual)
     M, D = residual_MD.shape
-    parts = chosen(x_MK, weight, then_summed=True)
+    parts = chosen(x_MK, weight, finished=True, then_summed=True)
     partial = products(x_MK, weight, parts)
     normed, total = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
-    splits = parts.tiles["SPLITS"]
+    splits = parts.tiles.get("SPLITS", 1)
     key = M, D, x.dtype, splits
     config = choose(_split_norm_kernel, x.device, key, row_configs(M, D, x.device))
     vectors = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))

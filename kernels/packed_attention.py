@@ -2,9 +2,9 @@
 
     out[i, h, :] = sum_j softmax_j(scale * sum_d query[i, h, d] * key[j, h // (H // K), d]) * value[j, ...]
 
-where j runs over the tokens of i's sequence: ``offsets[b] <= j < offsets[b + 1]`` for the b that i lies in; with
-``is_causal`` only over those with j <= i. Tokens in front of the first offset and behind the last are in no
-sequence and give zeros.
+where j runs over the tokens of i's sequence: ``offsets[b] <= j < offsets[b + 1]`` for the b that i lies in;
+with ``is_causal`` only over those with j <= i. Tokens in front of the first offset and behind the last are in
+no sequence and give zeros.
 
 Source: Dao, FlashAttention-2 (arXiv:2307.08691); the layout is that of its functions for variable length.
 """

@@ -1,4 +1,4 @@
-"""Products in Triton, cut up in every way that a configuration can say; the samples are too small for that."""
+"""Products in Triton, cut up in every way that a configuration can say; samples are too small for that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.kernels import _linear_triton, _triton
-from graphopt.kernels._linear_configs import EACH, RESIDENT, linear_configs, tiles, tma_tiles
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, RESIDENT, Chip, linear_configs, tiles, tma_tiles
 from graphopt.kernels._linear_triton import products, project
 from graphopt.kernels._tuning import Config
 
@@ -28,13 +28,14 @@ POINTERS = [tiles(16, 16, 16, 4, 2), tiles(16, 32, 32, 4, 2, group=1), tiles(32,
 TMA = [
     tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT),
     tma_tiles(64, 16, 64, 4, 2, tma=EACH),
-    tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT, extra=16),
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
 PARTS = [pytest.param(tiles(16, 32, 32, 4, 2, splits=s), id=f"{s} parts") for s in (2, 3, 7)]
-PARTS += [pytest.param(tma_tiles(64, 32, 32, 4, 2, s, 8, EACH, 16), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)]
-SIZES = [(5, 24, 40), (67, 48, 72), (33, 104, 136)]  # no multiple of any tile, yet TMA's 16 bytes
+PARTS += [
+    pytest.param(tma_tiles(64, 32, 32, 4, 2, s, tma=EACH), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)
+]
+SIZES = [(5, 24, 40), (67, 104, 136)]  # no multiple of any tile, yet TMA's 16 bytes
 over_sizes = pytest.mark.parametrize(("M", "N", "K"), SIZES)
 over_halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
@@ -84,7 +85,7 @@ def test_parts_of_the_depth_add_up(config: Config, M: int, N: int, K: int, dtype
     assert all(torch.equal(parts, products(x, weight, config)) for _ in range(2))
 
 
-@pytest.mark.parametrize("config", PARTS)
+@pytest.mark.parametrize("config", [*PARTS, pytest.param(BY_CUBLAS, id="cuBLAS")])
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_a_launcher_finishes_what_was_cut(
     config: Config, activation: str, monkeypatch: pytest.MonkeyPatch
@@ -105,7 +106,9 @@ def test_a_transposed_weight_is_read_as_it_is() -> None:
     assert torch.equal(products(x, transposed, POINTERS[0]), products(x, weight, POINTERS[0]))
 
 
-@pytest.mark.parametrize("x", [torch.linspace(-12, 12, 4097), torch.tensor([-math.inf, -1e30, math.inf, 0.0])])
+@pytest.mark.parametrize(
+    "x", [torch.linspace(-12, 12, 4097), torch.tensor([-math.inf, -1e30, math.inf, 0.0])]
+)
 def test_gelu_of_the_epilogue(x: torch.Tensor) -> None:
     """Against float64, as close as float16 can tell; and beyond every number."""
     x = x.half().float()
@@ -117,16 +120,18 @@ def test_gelu_of_the_epilogue(x: torch.Tensor) -> None:
     assert (near | (mine == exact))[seen].all()
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (128, 768, 768), (197, 3072, 768), (4096, 768, 3072), (9, 8, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64), (128, 768, 768), (197, 3072, 768), (4096, 768, 3072), (9, 8, 5)]
+)
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("then_summed", [False, True])
 def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, then_summed: bool) -> None:
     """227 KiB of shared memory hold the tiles under way, and no part of the depth is empty."""
-    found = linear_configs(*shape, 2, 132, tma, then_summed)
+    found = linear_configs(*shape, 2, Chip(132, 227 * 1024), tma, then_summed, then_summed)
     assert len(set(map(named, found))) <= len(found) <= 12
-    for config in found:
+    assert (BY_CUBLAS in found) == then_summed
+    for config in set(found) - {BY_CUBLAS}:
         cut = config.tiles
-        width = cut["BLOCK_N"] + cut.get("EXTRA_N", 0)
-        assert (cut["BLOCK_M"] + width) * cut["BLOCK_K"] * 2 * config.num_stages <= 227 * 1024
+        assert (cut["BLOCK_M"] + cut["BLOCK_N"]) * cut["BLOCK_K"] * 2 * config.num_stages <= 227 * 1024
         assert cut["TMA"] == 0 or tma
         assert (cut["SPLITS"] - 1) * cut["BLOCK_K"] < shape[2] or cut["SPLITS"] == 1
