@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
     given = parser.parse_args()
     if given.suite == "kernels":
-        kernels.run(given.only, tuned=given.tune, record=not given.dry)
+        kernels.run(given.only, given.against.split(","), tuned=given.tune, record=not given.dry)
         return
     if given.suite == "catalogue":
         every = track(list(catalogue.cases()), "architectures")

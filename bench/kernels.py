@@ -30,14 +30,15 @@ from graphopt.observe.snapshot import versions
 
 Thunk = Callable[[], Any]
 ROUNDS, LEAST_CALLS, MOST_CALLS, MOST_BYTES = 15, 20, 200, 2**33
-SIDES = ("triton", "aten", "inductor", "triton again")
+SIDES = ("triton", "eager", "inductor", "triton again")
 
 
-def run(only: str, tuned: bool, record: bool) -> None:
+def run(only: str, against: Sequence[str], tuned: bool, record: bool) -> None:
     """Measure in float16, print, and record rows under ``bench/results``.
 
     Args:
         only: cases whose kernel or shape contains this.
+        against: which of "eager", which is ATen, and "inductor" to measure beside.
         tuned: whether the kernels' configurations are measured first; else the heuristics choose.
         record: whether rows are written.
 
@@ -57,13 +58,17 @@ def run(only: str, tuned: bool, record: bool) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m bench kernels" + " --tune" * tuned,
     }
-    rows = [{**measure(case, torch.float16, peak, tuned), **facts} for case in track(wanted, "kernels")]
+    rows = [
+        {**measure(case, torch.float16, peak, against, tuned), **facts} for case in track(wanted, "kernels")
+    ]
     _print(rows)
     if record:
         _record(rows)
 
 
-def measure(case: Case, dtype: torch.dtype, peak: float, tuned: bool) -> dict[str, Any]:
+def measure(
+    case: Case, dtype: torch.dtype, peak: float, against: Sequence[str], tuned: bool
+) -> dict[str, Any]:
     """One row: microseconds by side, cold and warm, bytes, the share of the roofline, and errors by side."""
     torch._dynamo.reset()
     device = torch.device("cuda")
@@ -71,11 +76,14 @@ def measure(case: Case, dtype: torch.dtype, peak: float, tuned: bool) -> dict[st
     reason = case.face.refuses(*args)
     if reason is not None:
         raise SystemExit(f"{case.kernel} {case.shape}: {reason}")
-    changed = tune(case.face.launch, *args) if tuned else []
+    changed = tune(case.face.launch, *args, again=True) if tuned else []
+    peers = {
+        "eager": case.reference,
+        "inductor": torch.compile(case.reference, dynamic=False, fullgraph=True),
+    }
     sides: dict[str, Callable[..., Any]] = {
         "triton": case.face.launch,
-        "aten": case.reference,
-        "inductor": torch.compile(case.reference, dynamic=False, fullgraph=True),
+        **{peer: call for peer, call in peers.items() if peer in against},
         "triton again": case.face.launch,
     }
     exact = case.reference(*widen(args))
@@ -102,11 +110,11 @@ def measure(case: Case, dtype: torch.dtype, peak: float, tuned: bool) -> dict[st
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes."""
+    """Bytes a second that a pass over 1 GiB reads and writes, a copy's or an elementwise kernel's."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    (us,) = interleaved([[lambda: target.copy_(source)] * 4])
-    return 2 * source.nbytes / (us * 1e-6)
+    calls = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / (1e-6 * min(interleaved([[call] * 4 for call in calls])))
 
 
 def interleaved(sides: Sequence[Sequence[Thunk]]) -> list[float]:
@@ -173,12 +181,12 @@ def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "kernel", "shape", "dtype", *(f"{side} us" for side in SIDES), "warm: triton, aten, inductor", "%"
-    )
+    times = [f"{side} us" for side in SIDES]
+    table = Table("kernel", "shape", *times, "warm", "%", "configuration")
     for row in rows:
-        warm = ", ".join(f"{row['us_warm'][side]:.2f}" for side in SIDES[:3])
-        times = (f"{row['us'][side]:.2f}" for side in SIDES)
+        warm = ", ".join(f"{us:.2f}" for us in row["us_warm"].values())
+        times = [f"{row['us'].get(side, math.nan):.2f}" for side in SIDES]
+        options = [str(number) for found in row["configuration"].values() for number in found.values()]
         share = f"{row['roofline_percent']['triton']:.0f}"
-        table.add_row(row["kernel"], row["shape"], row["dtype"], *times, warm, share)
-    Console(width=160).print(table)
+        table.add_row(row["kernel"], row["shape"], *times, warm, share, " ".join(options))
+    Console(width=180).print(table)

@@ -13,7 +13,7 @@ import torch
 
 from graphopt.ir.op import TritonFace, op_of
 from graphopt.kernels import pointwise, rms_norm
-from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_tile, vector
+from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
 from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
 from graphopt.kernels._tuning import choose
 
@@ -44,9 +44,9 @@ def _layer_norm_kernel(  # type: ignore[no-untyped-def]
     weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
     bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=0.0).to(tl.float32)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
     normed = centred_and_scaled(x, seen, D, eps)
-    tl.store(out_ptr + row * D + column, normed * weight + bias, mask=seen)
+    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
 
 
 def _layer_norm(
@@ -124,10 +124,10 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=-float("inf")).to(tl.float32)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=-float("inf")).to(tl.float32)
     power = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
     out = power / tl.sum(power, axis=1, keep_dims=True)
-    tl.store(out_ptr + row * D + column, out, mask=seen)
+    tl.store(row_pointers(out_ptr, row, column, D), out, mask=seen)
 
 
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -122,8 +122,9 @@ def tune(
 ) -> list[Tuned]:
     """Measure every candidate of every kernel that a launcher starts, and keep the fastest on disk.
 
-    A kernel that was measured before keeps what was found, unless it is to be measured again. Candidates of one kernel are timed interleaved, on these arguments, while the launcher's other kernels
-    keep theirs. One that fails (too much shared memory, no registers left) is left out.
+    A kernel that was measured before keeps what was found, unless it is to be measured again. Candidates of
+    one kernel are timed interleaved, on these arguments, while the launcher's other kernels keep theirs. One
+    that fails (too much shared memory, no registers left) is left out.
 
     Args:
         launcher: that of a Triton face.

@@ -25,6 +25,7 @@ from graphopt.kernels._rows import (
     centred_and_scaled,
     refuse_row,
     row_configs,
+    row_pointers,
     row_tile,
     vector,
 )
@@ -103,6 +104,7 @@ def _add_layer_norm_kernel(  # type: ignore[no-untyped-def]
     stride_inner,
     eps,
     D: tl.constexpr,
+    PERIODIC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -114,13 +116,12 @@ def _add_layer_norm_kernel(  # type: ignore[no-untyped-def]
     weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
     bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=0.0).to(tl.float32)
-    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
     total = (x + residual).to(total_ptr.dtype.element_ty)
-    place = row * D + column
-    tl.store(total_ptr + place, total, mask=seen)
+    tl.store(row_pointers(total_ptr, row, column, D), total, mask=seen)
     normed = centred_and_scaled(total.to(tl.float32), seen, D, eps)
-    tl.store(out_ptr + place, normed * weight + bias, mask=seen)
+    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
 
 
 def _launch(
@@ -136,8 +137,12 @@ def _launch(
     rows, features = x_RD.shape
     wide, *layout = broadcast_rows(residual, x.shape)
     weight_D, bias_D = (x if v is None else v.contiguous() for v in (weight, bias))
-    given = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    key = (rows, features, x.dtype, residual.dtype, layout[0], *given.values())
+    given = {
+        "PERIODIC": layout[0] < rows,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+    }
+    key = (rows, features, x.dtype, residual.dtype, *given.values())
     config = choose(_add_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
     args = (out, total, x_RD, wide, weight_D, bias_D, rows, x_RD.stride(0), *layout, eps)

@@ -24,6 +24,7 @@ from graphopt.kernels._rows import (
     broadcast_tile,
     refuse_row,
     row_configs,
+    row_pointers,
     row_tile,
     scaled,
     vector,
@@ -94,6 +95,7 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     stride_inner,
     eps,
     D: tl.constexpr,
+    PERIODIC: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,12 +105,13 @@ def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
     weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=0.0).to(tl.float32)
-    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
     total = (x + residual).to(total_ptr.dtype.element_ty)
-    place = row * D + column
-    tl.store(total_ptr + place, total, mask=seen)
-    tl.store(out_ptr + place, scaled(total.to(tl.float32), seen, D, eps) * weight, mask=seen)
+    tl.store(row_pointers(total_ptr, row, column, D), total, mask=seen)
+    tl.store(
+        row_pointers(out_ptr, row, column, D), scaled(total.to(tl.float32), seen, D, eps) * weight, mask=seen
+    )
 
 
 def _launch(
@@ -120,12 +123,12 @@ def _launch(
     rows, features = x_RD.shape
     wide, *layout = broadcast_rows(residual, x.shape)
     weight_D = x if weight is None else weight.contiguous()
-    key = (rows, features, x.dtype, residual.dtype, weight_D.dtype, layout[0], weight is None)
+    given = {"PERIODIC": layout[0] < rows, "HAS_WEIGHT": weight is not None}
+    key = (rows, features, x.dtype, residual.dtype, weight_D.dtype, *given.values())
     config = choose(_add_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
     args = (out, total, x_RD, wide, weight_D, rows, x_RD.stride(0), *layout, eps)
-    constants = {"D": features, "HAS_WEIGHT": weight is not None}
-    launch(_add_rms_norm_kernel, grid, *args, **constants, **config.options)
+    launch(_add_rms_norm_kernel, grid, *args, D=features, **given, **config.options)
     return out, total
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_tile, vector
+from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
 from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
 from graphopt.kernels._triton import jit, last_contiguous, launch, refuse, tl, wait_for_all, wait_for_inputs
 from graphopt.kernels._tuning import choose
@@ -123,15 +123,14 @@ def _cost(
 
 
 @jit
-def _embedded(  # type: ignore[no-untyped-def]
-    ids_ptr, table_ptr, row, column, seen, length, size, stride_ib, stride_is, stride_tr
-):
+def _embedded(looked_up, row, column, seen, rows, length):  # type: ignore[no-untyped-def]
     """The rows of a table that ids name, in float32; NaN where an id is outside of the table."""
-    place = row // length * stride_ib + row % length * stride_is
-    index = tl.load(ids_ptr + place, mask=seen, other=0).to(tl.int64)
-    inside = (index >= 0) & (index < size)
-    outside = float("nan")
-    return tl.load(table_ptr + index * stride_tr + column, mask=seen & inside, other=outside).to(tl.float32)
+    ids_ptr, table_ptr, size, stride_ib, stride_is, stride_tr = looked_up
+    place = (row // length).to(tl.int64) * stride_ib + row % length * stride_is
+    index = tl.load(ids_ptr + place, mask=row < rows, other=0)
+    inside = seen & (index >= 0) & (index < size)
+    ptrs = row_pointers(table_ptr, index, column, stride_tr)
+    return tl.load(ptrs, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @jit
@@ -159,26 +158,13 @@ def _embedding_layer_norm_kernel(  # type: ignore[no-untyped-def]
     weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
     bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
     wait_for_inputs(PDL)
-    total = _embedded(words[0], words[1], row, column, seen, length, words[2], words[3], words[4], words[5])
+    total = _embedded(words, row, column, seen, rows, length)
     if HAS_TYPES:
-        total += _embedded(
-            types[0], types[1], row, column, seen, length, types[2], types[3], types[4], types[5]
-        )
+        total += _embedded(types, row, column, seen, rows, length)
     if HAS_POSITIONS:
-        total += _embedded(
-            positions[0],
-            positions[1],
-            row,
-            column,
-            seen,
-            length,
-            positions[2],
-            positions[3],
-            positions[4],
-            positions[5],
-        )
+        total += _embedded(positions, row, column, seen, rows, length)
     normed = centred_and_scaled(total, seen, D, eps)
-    tl.store(out_ptr + row * D + column, normed * weight + bias, mask=seen)
+    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
 
 
 def _looked_up(ids_BS: torch.Tensor, table_VD: torch.Tensor) -> tuple[Any, ...]:

@@ -16,7 +16,16 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
-from graphopt.kernels._triton import jit, last_contiguous, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._triton import (
+    jit,
+    last_contiguous,
+    launch,
+    processors,
+    refuse,
+    tl,
+    wait_for_all,
+    wait_for_inputs,
+)
 from graphopt.kernels._tuning import Config, choose
 
 SCHEMA = "(Tensor x, Tensor mask, float? minimum=None) -> Tensor"
@@ -93,13 +102,16 @@ def _masked_mean_pool_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + batch * D + column, tl.sum(total, axis=0) / divisor, mask=column < D)
 
 
-def _configs(length: int, features: int) -> list[Config]:
-    """Few features a program, since there are few sequences: 64 in half precision are a line of 128 bytes."""
-    tokens = min(power_of_two(length), 32)
-    return [
-        Config({"BLOCK_T": t, "BLOCK_D": min(power_of_two(features), d)}, warps)
-        for t, d, warps in ((tokens, 64, 4), (2 * tokens, 64, 8), (tokens, 32, 4), (tokens, 128, 8))
+def _configs(batch: int, length: int, features: int, device: torch.device) -> list[Config]:
+    """Few features a program where there are few sequences, and few turns: a turn waits for its loads."""
+    few = batch * features < 2 * 64 * processors(device)
+    shapes = [(64, 32, 4), (128, 32, 4), (128, 32, 8), (32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 4)]
+    shapes.sort(key=lambda shape: shape[:2] != ((128, 32) if few else (32, 64)))
+    longest, widest = power_of_two(length), power_of_two(features)
+    configs = [
+        Config({"BLOCK_T": min(t, longest), "BLOCK_D": min(d, widest)}, warps) for t, d, warps in shapes
     ]
+    return configs
 
 
 def _launch(x: torch.Tensor, mask: torch.Tensor, minimum: float | None = None) -> torch.Tensor:
@@ -110,7 +122,7 @@ def _launch(x: torch.Tensor, mask: torch.Tensor, minimum: float | None = None) -
         _masked_mean_pool_kernel,
         x.device,
         (batch, length, features, x.dtype, mask.dtype),
-        _configs(length, features),
+        _configs(batch, length, features, x.device),
     )
     grid = (-(-features // config.tiles["BLOCK_D"]), batch)
     args = (out, x_BTD, mask, length, minimum or 0.0, *x_BTD.stride()[:2], *mask.stride())

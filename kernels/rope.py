@@ -107,14 +107,14 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
 ):
     """A row is one head of one token. Pairs that lie together are read together, then parted in registers."""
     wait_for_all(PDL)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     head, token = row % heads, row // heads
-    batch, position = token // length, token % length
+    batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
     pair = tl.arange(0, BLOCK_P)[None, :]
     turning = (row < rows) & (pair < PAIRS)
     table = batch * stride_cb + position * stride_cs + pair
     x_ptr += batch * stride_xb + position * stride_xs + head * stride_xh
-    out_ptr += row * D
+    out_ptr += row.to(tl.int64) * D
     wait_for_inputs(PDL)
     cos = tl.load(cos_ptr + table, mask=turning, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=turning, other=0.0).to(tl.float32)
