@@ -150,6 +150,7 @@ def _softmax_refuses(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None
     return refuse(x) or refuse_row(x.shape[-1])
 
 
+_GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
 FACES: dict[Any, TritonFace] = {
     aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
     aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
@@ -157,7 +158,6 @@ FACES: dict[Any, TritonFace] = {
     aten.gelu.default: pointwise.unary(lambda x, approximate="none": _GELU[approximate]),
     aten.silu.default: pointwise.unary(lambda x: "silu(%0, 1.0)"),
 }
-_GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
 
 
 def triton_face(target: Any) -> TritonFace | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -296,9 +297,9 @@ def _pointwise_kernel(  # type: ignore[no-untyped-def]
         x = tl.load(input_ptrs[i] + _offset(place, SIZES, STRIDES, i), mask=seen, other=0)
         if x.dtype != tl.int1:
             x = x.to(tl.float32)
-        values = values + (x,)  # noqa: RUF005 - Triton has no unpacking
+        values = values + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
     for i in tl.static_range(len(STEPS)):
-        values = values + (_step(values, STEPS, i),)  # noqa: RUF005
+        values = values + (_step(values, STEPS, i),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(out_ptr + place, values[len(STRIDES) + len(STEPS) - 1], mask=seen)
 
 
@@ -339,7 +340,7 @@ def run(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
     key = (elements, program, dtypes, sizes, strides)
     config = choose(_pointwise_kernel, out.device, key, _configs(elements, out.device))
     grid = (-(-elements // config.tiles["BLOCK"]),)
-    constants = {"STEPS": _steps(program, dtypes), "SIZES": sizes, "STRIDES": strides}
+    constants: dict[str, Any] = {"STEPS": _steps(program, dtypes), "SIZES": sizes, "STRIDES": strides}
     wide = furthest >= 2**31 - 2**16  # with room for the last block's end
     launch(_pointwise_kernel, grid, out, tuple(inputs), elements, **constants, WIDE=wide, **config.options)
     return out

@@ -32,6 +32,29 @@ except ImportError:  # macOS, Windows, a CPU build of torch
     tl = None
     libdevice = None
 
+__all__ = [
+    "INTERPRETED",
+    "OLDEST",
+    "WITH_PDL",
+    "Launch",
+    "as_rows",
+    "capability",
+    "compile_time",
+    "constant",
+    "jit",
+    "last_contiguous",
+    "launch",
+    "libdevice",
+    "prefetched_weights",
+    "processors",
+    "recorded_launches",
+    "refuse",
+    "tl",
+    "triton",
+    "wait_for_all",
+    "wait_for_inputs",
+]
+
 # With TRITON_INTERPRET=1, set before this import, kernels run in numpy on tensors of any device.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 OLDEST = (8, 0)  # compute capability of the first GPU with bfloat16 and asynchronous copies

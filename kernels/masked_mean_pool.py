@@ -108,10 +108,7 @@ def _configs(batch: int, length: int, features: int, device: torch.device) -> li
     shapes = [(64, 32, 4), (128, 32, 4), (128, 32, 8), (32, 64, 4), (64, 64, 4), (64, 64, 8), (32, 128, 4)]
     shapes.sort(key=lambda shape: shape[:2] != ((128, 32) if few else (32, 64)))
     longest, widest = power_of_two(length), power_of_two(features)
-    configs = [
-        Config({"BLOCK_T": min(t, longest), "BLOCK_D": min(d, widest)}, warps) for t, d, warps in shapes
-    ]
-    return configs
+    return [Config({"BLOCK_T": min(t, longest), "BLOCK_D": min(d, widest)}, warps) for t, d, warps in shapes]
 
 
 def _launch(x: torch.Tensor, mask: torch.Tensor, minimum: float | None = None) -> torch.Tensor:
