@@ -36,7 +36,7 @@ def row_configs(rows: int, length: int, device: torch.device, inputs: int = 1) -
 @functools.lru_cache(maxsize=1024)
 def _row_configs(rows: int, length: int, processors: int, inputs: int) -> tuple[Config, ...]:
     block = power_of_two(length)
-    # Eight elements a thread are one load of 16 bytes in half precision; two loads a thread should be on their
+    # Eight elements a thread are one load of 16 bytes in half precision; two loads a thread shall be on their
     # way where there is more than one turn for every processor. Short rows are taken together, while there
     # remain a few programs for every processor.
     together = max(1, min(2048 // block, rows // (4 * processors)))
