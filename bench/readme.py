@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.runner import RESULTS
+from bench import RESULTS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -14,8 +14,8 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 import graphopt
-from bench.peers import eager, onnxruntime_plain
-from bench.runner import interleave
+from graphopt.bench.peers import eager, onnxruntime_plain
+from graphopt.runtime.rounds import interleave
 
 SENTENCES = [
     "A cat sleeps on the warm windowsill.",

@@ -347,7 +347,7 @@ def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: b
 
 
 def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether TMA can move the tiles: sm_90, nothing empty, rows together and on 16 bytes, the result's too."""
+    """Whether TMA can move the tiles: on sm_90, nothing empty, rows together and on 16 bytes."""
     if capability(x.device) < WITH_TMA or 0 in (*x.shape, *weight.shape):
         return False
     addresses = [t.data_ptr() for t in (x, weight)] + [t.stride(0) * t.element_size() for t in (x, weight)]

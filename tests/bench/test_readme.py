@@ -3,9 +3,9 @@
 import json
 import re
 
+from bench import RESULTS
 from bench.models import SUITES
 from bench.readme import README, code_of, output_of, with_tables
-from bench.runner import RESULTS
 
 
 def test_tables_are_generated_from_the_recorded_results() -> None:

@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from bench.peers import PEERS, tensors
-from bench.runner import Setting, interleave, ratio, run_case
+from graphopt.bench.case import Setting, run_case
+from graphopt.bench.peers import PEERS, tensors
+from graphopt.runtime.rounds import interleave, ratio
 
 
 def tiny() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:

@@ -1,0 +1,1 @@
+"""The benchmark runner: graphopt against its peers. Its suites and recorded results are not installed."""
