@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time
+from bench import RESULTS, catalogue, compile_time, kernels
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -33,6 +33,10 @@ def main() -> None:
         return
     if given.suite == "time":
         _time(given)
+        return
+    if given.suite == "kernels":
+        against = (given.against or "eager,inductor").split(",")
+        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
         return
     try:
         with told(debug=given.debug):
@@ -71,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "time", *PAGES],
-        help="a suite; or time: how long optimizing takes; or readme: only rewrite its tables; or catalogue:"
-        " what is found in every architecture",
+        choices=[*SUITES, "kernels", "time", *PAGES],
+        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        " readme: only rewrite its tables; or catalogue: what is found in every architecture",
     )
     parser.add_argument("--against", help="peers, by comma; by default the suite's")
     parser.add_argument("--rounds", type=int, default=30)
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
+    parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
     parser.add_argument("--debug", action="store_true", help="show what the cases' processes print")
     return parser
 

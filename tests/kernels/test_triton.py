@@ -1,0 +1,154 @@
+"""Every op's Triton kernels: right in the interpreter or on a GPU, inside their buffers, the same twice.
+
+Without a GPU they run in Triton's interpreter, with one they run compiled; ``tests/conftest.py`` decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt.ir.op import OPS, Op, Sample, TritonFace
+from graphopt.kernels import _triton
+from tests.kernels.test_mixed_types import MIXED, SUMS
+from tests.kernels.test_ops import assert_right, cast, mapped, outputs, samples, tensors, within_half
+
+FACES = [op for op in OPS.values() if op.triton is not None]
+CASES = [pytest.param(op, s, id=f"{op.name}-{s.label}") for op in FACES for s in samples(op.name)]
+over_samples = pytest.mark.parametrize(("op", "sample"), CASES)
+over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = [
+    pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # `pytest -m gpu` runs them there, compiled
+]
+
+
+def prepared(op: Op, sample: Sample, dtype: torch.dtype) -> Sample:
+    """The sample in a dtype, on the device; a skip where its results overflow float16."""
+    if dtype == torch.float16 and not within_half(op, cast(sample, dtype)):
+        pytest.skip("overflows float16")
+    return mapped(cast(sample, dtype), lambda x: x.to(DEVICE))
+
+
+def launched(op: Op, sample: Sample) -> list[torch.Tensor]:
+    assert op.triton is not None
+    reason = op.triton.refuses(*sample.args, **sample.kwargs)
+    if reason is not None:
+        pytest.skip(reason)
+    return outputs(op.triton.launch, sample)
+
+
+@over_samples
+@over_dtypes
+def test_kernel_is_right(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    sample = prepared(op, sample, dtype)
+    assert_right(op, sample, launched(op, sample))
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values with a gap after every element, and rows that do not lie one behind the other."""
+    wide = torch.full((*x.shape, 2), 7, dtype=x.dtype, device=x.device)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+@over_samples
+def test_strided_inputs_are_right(op: Op, sample: Sample) -> None:
+    strided = mapped(prepared(op, sample, torch.float16), spread)
+    assert all(x.numel() <= 1 or not x.is_contiguous() for x in tensors(strided))
+    assert_right(op, strided, launched(op, strided))
+
+
+@over_samples
+def test_results_are_the_same_twice(op: Op, sample: Sample) -> None:
+    sample = prepared(op, sample, torch.float16)
+    for once, again in zip(launched(op, sample), launched(op, sample), strict=True):
+        assert torch.equal(once, again)
+
+
+FENCE = 64  # elements on either side of a buffer, and a whole number of vectors of 16 bytes
+
+
+def fenced(x: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer of the fence's value with a copy of a tensor in its middle, and the copy."""
+    buffer = torch.full((x.numel() + 2 * FENCE,), fence, device=x.device).to(x.dtype)
+    inside = buffer[FENCE : FENCE + x.numel()].view(x.shape)
+    inside.copy_(x)
+    return buffer, inside
+
+
+@over_samples
+def test_nothing_outside_of_a_buffer_is_read_or_written(
+    op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs stand between values that spoil every result, and whatever is allocated between sentinels."""
+    sample = mapped(prepared(op, sample, torch.float32), lambda x: x.contiguous())
+    expected = launched(op, sample)
+    read = mapped(sample, lambda x: fenced(x, math.nan if x.is_floating_point() else 1)[1])
+    before = [x.clone() for x in tensors(read)]
+    buffers = []
+    new_empty = torch.Tensor.new_empty
+
+    def fenced_empty(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(x, *size, **options)
+        if "device" in options:  # the interpreter's own
+            return made
+        buffer, inside = fenced(torch.zeros_like(made), 7)
+        buffers.append((buffer, inside.numel()))
+        return inside
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", fenced_empty)
+        found = launched(op, read)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(read), before, strict=True))
+    assert len(buffers) >= len(found)
+    for buffer, size in buffers:
+        assert (buffer[:FENCE] == 7).all()
+        assert (buffer[FENCE + size :] == 7).all()
+
+
+@pytest.mark.parametrize("op", FACES, ids=lambda op: op.name)
+def test_nothing_comes_of_nothing(op: Op) -> None:
+    """Inputs whose batch is empty."""
+    first = prepared(op, samples(op.name)[0], torch.float16)
+    batch = tensors(first)[0].shape[0]
+    empty = mapped(first, lambda x: x[:0] if x.shape[0] == batch else x)
+    for mine, other in zip(launched(op, empty), outputs(op.reference, empty), strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        assert mine.numel() == 0
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_types_are_right(name: str, dtype: torch.dtype) -> None:
+    op, args = MIXED[name](dtype)
+    sample = mapped(Sample(args), lambda x: x.to(DEVICE))
+    assert_right(op, sample, launched(op, sample))
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_kept_in_float32(name: str, dtype: torch.dtype) -> None:
+    op, args = SUMS[name](dtype)
+    sample = mapped(Sample(args), lambda x: x.to(DEVICE))
+    normed, total = launched(op, sample)
+    assert torch.equal(total, sample.args[0].float() + sample.args[1].float())
+    assert_right(op, sample, [normed, total])
+
+
+def test_the_check_tells_right_from_wrong() -> None:
+    op = OPS["quick_gelu"]
+    sample = prepared(op, samples(op.name)[0], torch.float32)
+    wrong = replace(op, triton=TritonFace(lambda *args: op.reference(*args) + 1e-3, lambda *args: None))
+    with pytest.raises(AssertionError):
+        assert_right(wrong, sample, launched(wrong, sample))
+    refusing = replace(op, triton=TritonFace(op.reference, lambda *args: "not today"))
+    with pytest.raises(pytest.skip.Exception, match="not today"):
+        launched(refusing, sample)
