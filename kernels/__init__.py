@@ -8,6 +8,8 @@ from graphopt.kernels import (
     embedding_layer_norm,
     gated_mlp,
     group_norm_silu,
+    grouped_gated_mlp,
+    layer_norm_add,
     linear_activation,
     linear_cross_entropy,
     masked_mean_pool,
@@ -15,7 +17,9 @@ from graphopt.kernels import (
     quantized_linear,
     quick_gelu,
     rms_norm,
+    rms_norm_add,
     rope,
+    sandwich_rms_norm,
 )
 
 __all__ = [
@@ -26,6 +30,8 @@ __all__ = [
     "embedding_layer_norm",
     "gated_mlp",
     "group_norm_silu",
+    "grouped_gated_mlp",
+    "layer_norm_add",
     "linear_activation",
     "linear_cross_entropy",
     "masked_mean_pool",
@@ -33,5 +39,7 @@ __all__ = [
     "quantized_linear",
     "quick_gelu",
     "rms_norm",
+    "rms_norm_add",
     "rope",
+    "sandwich_rms_norm",
 ]
