@@ -9,11 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-<<<<<<< HEAD
 from bench import RESULTS, catalogue, compile_time, kernels
-=======
-from bench import RESULTS, catalogue, compile_time
->>>>>>> main
 from bench.models import SUITES
 from bench.readme import update_readme
 from graphopt.bench.case import Setting, run_case
@@ -25,15 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suite",
-<<<<<<< HEAD
         choices=[*SUITES, "kernels", "time", "readme", "catalogue"],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture",
-=======
-        choices=[*SUITES, "time", "readme", "catalogue"],
-        help="a suite; or time: how long optimizing takes; or readme: only rewrite its tables; or catalogue:"
-        " what is found in every architecture",
->>>>>>> main
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)
