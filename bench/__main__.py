@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import RESULTS, catalogue, compile_time
+from bench import RESULTS, catalogue, compile_time, gate
 from bench.models import SUITES
 from bench.readme import update_readme
 from graphopt.bench.case import Setting, run_case
@@ -18,12 +19,15 @@ from graphopt.bench.peers import PEERS
 
 def main() -> None:
     """Measure, record, print, and bring the README's tables up to date."""
+    if sys.argv[1:2] == ["gate"]:
+        gate.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suite",
         choices=[*SUITES, "time", "readme", "catalogue"],
         help="a suite; or time: how long optimizing takes; or readme: only rewrite its tables; or catalogue:"
-        " what is found in every architecture",
+        " what is found in every architecture (and gate, with options of its own: python -m bench gate -h)",
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)
