@@ -85,7 +85,7 @@ def facts_of(subject: Subject) -> dict[str, Any]:
         "undone": sorted(
             {f"{r.pass_name}: {r.reason}" for r in subject.remarks if r.reason.startswith("undone: ")}
         ),
-        "ops": dict(Counter(op_name(node) for node in calls if not is_symbolic(node))),
+        "ops": dict(Counter(op_name(n) for n in calls if not is_symbolic(n) or op_name(n) in SYNCS)),
         "cost": {**_cost(calls, subject.limits), "device": subject.limits.name},
         "plan": _plan(subject, calls),
         "gpu": kernels.on_gpu(calls, subject.limits) if subject.plan is None else None,
