@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, kernels
+from bench import RESULTS, catalogue, compile_time, gate, kernels
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -27,6 +27,9 @@ from graphopt.observe.files import write_text
 
 def main() -> None:
     """Measure, record, print, and bring the README's tables up to date."""
+    if sys.argv[1:2] == ["gate"]:
+        gate.main(sys.argv[2:])
+        return
     given = _parser().parse_args()
     if given.suite in PAGES:
         PAGES[given.suite]()
@@ -77,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         "suite",
         choices=[*SUITES, "kernels", "time", *PAGES],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
-        " readme: only rewrite its tables; or catalogue: what is found in every architecture",
+        " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
+        " options of its own: python -m bench gate -h)",
     )
     parser.add_argument("--against", help="peers, by comma; by default the suite's")
     parser.add_argument("--rounds", type=int, default=30)

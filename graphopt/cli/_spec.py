@@ -104,6 +104,18 @@ def _exported(path: Path) -> Loaded:
     return Loaded("pt2", program)
 
 
+def named(spec: str) -> Any:
+    """What ``package.module:name`` stands for.
+
+    Raises:
+        SpecError: it is not written like that, or there is nothing of that name.
+    """
+    found = _FACTORY.fullmatch(spec)
+    if found is None:
+        raise SpecError(f"{spec!r} names no function", hint="write it as package.module:function")
+    return _find_factory(found["module"], found["name"], spec)
+
+
 def _find_factory(module_name: str, name: str, spec: str) -> Any:
     found: Any = _import(module_name, spec)
     place = module_name

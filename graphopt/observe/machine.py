@@ -10,8 +10,9 @@ import torch
 
 
 def cpu_name() -> str:
-    """The processor as Linux names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    """The processor as Linux names it; elsewhere as Python does."""
+    known = Path("/proc/cpuinfo")
+    for line in known.read_text().splitlines() if known.is_file() else ():
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor()

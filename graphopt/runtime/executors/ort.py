@@ -93,6 +93,11 @@ class OrtProgram:
         self._input_names = [value.name for value in self._session.get_inputs()]
         self._output_names = [value.name for value in self._session.get_outputs()]
 
+    @property
+    def provider(self) -> str:
+        """The provider that the session runs on; those that it could not have are not named."""
+        return str(self._session.get_providers()[0])
+
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the session on CPU tensors; returns fresh tensors."""
         binding = self._session.io_binding()
