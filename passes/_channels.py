@@ -22,6 +22,7 @@ from graphopt.ir.pattern import argument
 from graphopt.passes._axes import Axis, fits, rule, shape
 from graphopt.passes._layers import CONVOLUTIONS, TRANSPOSED
 from graphopt.passes._ranges import as_uniform
+from graphopt.passes._stacks import Stack, stacked, taken
 
 aten = torch.ops.aten
 
@@ -244,13 +245,19 @@ def _unpadded(node: fx.Node) -> bool:
 def constants(group: Group) -> dict[fx.Node, torch.Tensor]:
     """The value that each channel has whatever the inputs are, NaN where it varies: (outer, units, inner)."""
     values: dict[fx.Node, torch.Tensor] = {}
+    stacks: dict[fx.Node, Stack] = {}
     for node in sorted(group.axes):
         axis = group.axes[node]
         size = axis.outer, group.units, axis.inner
+        part, stack = taken(node, stacks), stacked(node, group.axes, values, stacks, _as)
+        if stack is not None:
+            stacks[node] = stack
         if node in group.made:
             values[node] = _made(group, group.made[node], axis)
         elif is_depthwise(group.graph, node):
             values[node] = _filtered(group, node, values)
+        elif part is not None:
+            values[node] = _as(part, axis)
         else:
             values[node] = _passed(group, node, values).broadcast_to(size)
     return values
