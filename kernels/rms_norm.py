@@ -15,10 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value
+from graphopt.kernels._rows import refuse_row, row_configs, row_tile, scaled, vector
 from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_weight
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = "(Tensor x, Tensor? weight, float eps) -> Tensor"
 
@@ -54,6 +57,46 @@ def _cost(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Cost:
     return Cost(flops=4.0 * x.numel(), bytes=nbytes(x, weight, x))
 
 
+@jit
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    rows,
+    stride_xr,
+    eps,
+    D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
+    wait_for_inputs(PDL)
+    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * D + column, scaled(x, seen, D, eps) * weight, mask=seen)
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    weight_D = x if weight is None else weight.contiguous()
+    key = (rows, features, x.dtype, weight_D.dtype, weight is None)
+    config = choose(_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    constants = {"D": features, "HAS_WEIGHT": weight is not None}
+    stride = x_RD.stride(0)
+    launch(_rms_norm_kernel, grid, out, x_RD, weight_D, rows, stride, eps, **constants, **config.options)
+    return out
+
+
+def _refuses(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> str | None:
+    return refuse(x, weight) or refuse_row(x.shape[-1])
+
+
 def _onnx(x: Value, weight: Value | None, eps: float) -> Any:
     """RMSNormalization; ``com.microsoft``'s SimplifiedLayerNormalization is as fast, separate nodes are not.
 
@@ -80,4 +123,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x.long(), None, 1e-6), match="x must be floating")
 
 
-OP = register(Op("rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

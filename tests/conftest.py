@@ -12,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports Triton: kernels are then made for its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")

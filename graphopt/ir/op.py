@@ -62,6 +62,22 @@ class BadSample:
 
 
 @dataclass(frozen=True)
+class TritonFace:
+    """An op's kernels for a GPU.
+
+    Args:
+        launch: the same arguments as the reference, on a GPU; returns what it returns, contiguous and freshly
+            allocated, on the current stream and without waiting for it. It reads no value back and times
+            nothing, so a CUDA graph can capture it. Takes only what ``refuses`` admits.
+        refuses: the same arguments, fake tensors will do; why ``launch`` cannot take them, in words for a
+            remark, or None. Asked once a region, never on the hot path.
+    """
+
+    launch: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
 class Op:
     """One fused operation and its faces.
 
@@ -75,7 +91,7 @@ class Op:
         onnx: an onnxscript function of the same arguments that emits the ONNX nodes ONNX Runtime runs best.
         samples: inputs for the generic tests.
         bad_samples: inputs that must be refused.
-        triton: the launcher of the Triton kernel, with the same arguments; None where there is none yet.
+        triton: the Triton kernels, and what they cannot take; None where there are none.
     """
 
     name: str
@@ -86,7 +102,7 @@ class Op:
     onnx: Callable[..., Any]
     samples: Callable[[], Iterable[Sample]]
     bad_samples: Callable[[], Iterable[BadSample]]
-    triton: Callable[..., Any] | None = None
+    triton: TritonFace | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 
 import graphopt.kernels  # noqa: F401
-from graphopt.ir.op import OPS, BadSample, Cost, Op, Sample, op_of, register
+from graphopt.ir.op import OPS, BadSample, Op, Sample, op_of
 from graphopt.ir.tuning import tuned_for
 from graphopt.kernels._onnx import OPSET
 
@@ -335,50 +334,3 @@ def test_attention_is_one_node(tuning: str, dynamic: bool, dtype: torch.dtype) -
             continue
         assert sum(node in ("Attention", "MultiHeadAttention") for node in nodes) == 1
         assert "Softmax" not in nodes
-
-
-# The Triton kernel, where an op has one.
-
-
-def check_triton(op: Op, sample: Sample) -> None:
-    if op.triton is None:
-        pytest.skip("no Triton kernel yet")
-    pytest.importorskip("triton", reason="Triton is not installed")
-    assert_right(op, sample, outputs(op.triton, sample))
-
-
-@over_samples
-def test_triton_is_right(op: Op, sample: Sample) -> None:
-    check_triton(op, sample)
-
-
-@pytest.fixture
-def toy() -> Iterator[Op]:
-    def shape(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x)
-
-    yield register(
-        Op(
-            "toy_double",
-            "(Tensor x) -> Tensor",
-            shape,
-            lambda x: x + x,
-            lambda x: Cost(x.numel(), 2 * x.nbytes),
-            lambda x: x,
-            lambda: [Sample((torch.randn(7),))],
-            list,
-            triton=lambda x: 2 * x,
-        )
-    )
-    del OPS["toy_double"]
-
-
-def test_triton_check_tells_right_from_wrong(toy: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for Triton, so that the check is known to bite wherever the tests run."""
-    monkeypatch.setitem(sys.modules, "triton", torch)
-    (sample,) = toy.samples()
-    check_triton(toy, sample)
-    with pytest.raises(AssertionError):
-        check_triton(replace(toy, triton=lambda x: 2 * x + 1e-3), sample)
-    with pytest.raises(pytest.skip.Exception, match="no Triton kernel yet"):
-        check_triton(replace(toy, triton=None), sample)

@@ -1,0 +1,113 @@
+"""What kernels over rows share: how a tensor is seen as rows, how many a program takes, and the statistics.
+
+A program holds whole rows in registers, so that a row is read once; that bounds its length.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from graphopt.kernels._triton import jit, last_contiguous, processors, tl
+from graphopt.kernels._tuning import Config
+
+LONGEST = 32768  # elements of a row: 32 float32 registers a thread of 32 warps
+
+
+def refuse_row(length: int) -> str | None:
+    """Why a row is too long for a program to hold, or None."""
+    return f"a row has {length} elements, more than {LONGEST}" if length > LONGEST else None
+
+
+def row_configs(rows: int, length: int, device: torch.device) -> tuple[Config, ...]:
+    """How many rows a program takes and with how many warps, the likeliest first.
+
+    Args:
+        rows: of the tensor.
+        length: of a row.
+        device: that the kernel runs on.
+    """
+    return _row_configs(rows, length, processors(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_configs(rows: int, length: int, programs_at_once: int) -> tuple[Config, ...]:
+    block = power_of_two(length)
+    # Eight elements a thread are one load of 16 bytes in half precision. Short rows are taken together, while
+    # there remain a few programs for every processor.
+    together = max(1, min(2048 // block, rows // (4 * programs_at_once)))
+    together = 2 ** int(math.log2(together))
+    first = _row_config(together, block, 8)
+    others = [_row_config(r, block, each) for r in {1, 2, 4, together} for each in (4, 8, 16, 32)]
+    kept = [config for config in others if config.tiles["BLOCK_R"] * block <= LONGEST and config != first]
+    return (first, *(config for place, config in enumerate(kept) if config not in kept[:place]))
+
+
+def _row_config(together: int, block: int, each: int) -> Config:
+    warps = power_of_two(together * block // (32 * each))
+    return Config({"BLOCK_R": together, "BLOCK_D": block}, min(max(warps, 1), 16 if each < 32 else 32))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least this; 1 for nothing."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def broadcast_rows(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int, int, int]:
+    """A tensor expanded to (..., D), as rows that two strides find.
+
+    Row i lies ``i // inner * outer_stride + i % inner * inner_stride`` elements in. Other layouts are copied.
+
+    Returns:
+        The tensor to take the pointer of, inner, the outer and the inner stride.
+    """
+    wide = last_contiguous(x.expand(shape))
+    merged: list[list[int]] = []  # size and stride, outermost first
+    for size, stride in zip(wide.shape[:-1], wide.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = [merged[-1][0] * size, stride]
+        else:
+            merged.append([size, stride])
+    if len(merged) > 2:
+        wide = wide.contiguous()
+        merged = [[math.prod(shape[:-1]), shape[-1]]]
+    (_, outer), (inner, step) = [[1, 0], [1, 0], *merged][-2:]
+    return wide, inner, outer, step
+
+
+@jit
+def row_tile(rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's rows (R, 1) in 64 bits, features (1, D), and which of them there are."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return row, column, (row < rows) & (column < D)
+
+
+@jit
+def vector(ptr, column, D: tl.constexpr, GIVEN: tl.constexpr, default: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A value a feature, (1, D) in float32; the default where no vector is given."""
+    if GIVEN:
+        value = tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    else:
+        value = tl.full(column.shape, default, tl.float32)
+    return value
+
+
+@jit
+def centred_and_scaled(x, seen, D: tl.constexpr, eps):  # type: ignore[no-untyped-def]
+    """(x - mean) / sqrt(var + eps) of rows in float32; the variance is that of the differences."""
+    mean = tl.sum(tl.where(seen, x, 0.0), axis=1, keep_dims=True) / D
+    centred = tl.where(seen, x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / D
+    return centred * tl.rsqrt(variance + eps)
+
+
+@jit
+def scaled(x, seen, D: tl.constexpr, eps):  # type: ignore[no-untyped-def]
+    """x / sqrt(mean(x**2) + eps) of rows in float32."""
+    kept = tl.where(seen, x, 0.0)
+    return kept * tl.rsqrt(tl.sum(kept * kept, axis=1, keep_dims=True) / D + eps)

@@ -1,0 +1,197 @@
+"""The only guard around importing Triton, and what every launcher needs.
+
+A kernel is written with ``jit`` and started with ``launch``, which adds programmatic dependent launch (PDL)
+where the GPU has it: a kernel's programs start while those of the kernel before still run, and wait for them.
+Three rules keep that right, and ``wait_for_all`` and ``wait_for_inputs`` are how a kernel obeys them:
+
+- every program waits, on whichever path it takes, so that a kernel that is done means that all before it are;
+- nothing is written before the wait: the kernel before may still read that memory;
+- what is read before the wait was written by no kernel in flight. A launcher cannot know that of a weight, so
+  weights are read early only inside ``prefetched_weights()``, for an executor that knows its constants.
+
+Its own dependents a kernel lets go at once: they wait for its end, not for that call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, a CPU build of torch
+    triton = None
+    tl = None
+
+# With TRITON_INTERPRET=1, set before this import, kernels run in numpy on tensors of any device.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+OLDEST = (8, 0)  # compute capability of the first GPU with bfloat16 and asynchronous copies
+WITH_PDL = (9, 0)
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
+_prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=False)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``, or the function as it is where there is no Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as a test that compiles without a GPU needs it.
+
+    Args:
+        kernel: the kernel.
+        grid: programs along each of up to three axes.
+        args: runtime arguments, in the kernel's order; a tuple of tensors is one argument.
+        constants: compile-time arguments by name, ``PDL`` excepted.
+        num_warps: a program's warps, of 32 threads each.
+        num_stages: of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Start a kernel on the device of its first tensor; one without programs is not started.
+
+    Args:
+        kernel: made by ``jit``; takes the compile-time argument ``PDL`` last.
+        grid: programs along each of up to three axes.
+        args: runtime arguments, in the kernel's order.
+        num_warps: a program's warps, of 32 threads each.
+        num_stages: of the software pipeline.
+        constants: compile-time arguments by name.
+    """
+    if 0 in grid:
+        return
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        return
+    device = _device_of(args)
+    pdl = 0 if INTERPRETED or capability(device) < WITH_PDL else 2 if _prefetch.get() else 1
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "launch_pdl": pdl > 0,
+        "enable_fp_fusion": True,
+    }
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        kernel[grid](*args, **constants, PDL=pdl, **options)
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collect the launches made inside the block instead of making them."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@contextlib.contextmanager
+def prefetched_weights() -> Iterator[None]:
+    """Let kernels launched inside the block read weights before the kernels ahead of them are done.
+
+    For an executor whose weights are constants: no kernel in flight may write one.
+    """
+    token = _prefetch.set(True)
+    try:
+        yield
+    finally:
+        _prefetch.reset(token)
+
+
+def refuse(*tensors: torch.Tensor | None) -> str | None:
+    """Why no Triton kernel can take these tensors, or None. None among them is passed over.
+
+    Wants them on one GPU of sm_80 or later (anywhere in the interpreter), and none of them float64, since
+    kernels accumulate in float32. Fake tensors will do.
+    """
+    if triton is None:
+        return "Triton is not installed"
+    given = [x for x in tensors if x is not None]
+    devices = sorted({str(x.device) for x in given})
+    if len(devices) > 1:
+        return f"the inputs are on {' and '.join(devices)}"
+    if any(x.dtype == torch.float64 for x in given):
+        return "an input is float64, and kernels accumulate in float32"
+    if INTERPRETED:
+        return None
+    if given[0].device.type != "cuda":
+        return f"the inputs are on {devices[0]}, not on a GPU"
+    have = capability(given[0].device)
+    return None if have >= OLDEST else f"the GPU is sm_{have[0]}{have[1]}, before sm_80"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU, (9, 0) for an H100; (0, 0) for what is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """The streaming multiprocessors of a GPU; 1 for what is none."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension lies together in memory, else a contiguous copy."""
+    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) as (rows, D) with the last dimension together in memory: a view where strides allow."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return last_contiguous(x).reshape(rows, x.shape[-1])
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+        if isinstance(arg, tuple) and arg:
+            return _device_of(arg)
+    raise TypeError("a kernel was given no tensor")
+
+
+# What kernels call. PDL is 0 without programmatic dependent launch, 1 with it, 2 with weights read early.
+
+
+@jit
+def wait_for_all(PDL: tl.constexpr) -> None:
+    """First in a kernel: nothing is read before this, unless weights may be."""
+    if PDL == 1:
+        tl.extra.cuda.gdc_wait()
+    if PDL > 0:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def wait_for_inputs(PDL: tl.constexpr) -> None:
+    """After the weights are read, and before anything else is read or written."""
+    if PDL == 2:
+        tl.extra.cuda.gdc_wait()

@@ -1,0 +1,270 @@
+"""Which configuration a kernel is launched with: the heuristic's, or the one that was measured, kept on disk.
+
+A launcher says ``config = choose(kernel, device, key, candidates)``. The first candidate is the heuristic's
+choice, and what it gets until somebody calls ``tune`` on the launcher with real arguments: nothing is timed
+unasked. What was measured is a JSON file under ``GRAPHOPT_CACHE`` (else ``$XDG_CACHE_HOME/graphopt``), one for
+every kernel, key, GPU, versions of Triton and torch, and hash of the kernel's source: no stale one is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.kernels._triton import triton
+
+Key = tuple[Hashable, ...]
+Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
+
+REPEATS, ROUNDS = 20, 25  # launches in a graph, and replays of it, for every candidate
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched.
+
+    Args:
+        tiles: compile-time sizes by the kernel's names for them.
+        num_warps: a program's warps, of 32 threads each.
+        num_stages: of the software pipeline.
+    """
+
+    tiles: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of ``launch``."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found for one kernel.
+
+    Args:
+        kernel: its name.
+        key: what it was tuned for.
+        config: the fastest candidate.
+        us: microseconds by candidate, in the order in which they were given; None where it failed.
+        failures: by candidate's place, why it failed.
+    """
+
+    kernel: str
+    key: Key
+    config: Config
+    us: list[float | None]
+    failures: dict[int, str]
+
+
+@dataclass
+class _Question:
+    """What a launcher asked: the kernel, on which device, for what, and between what."""
+
+    kernel: Any
+    device: torch.device
+    key: Key
+    candidates: Sequence[Config]
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.kernel, "__name__", self.kernel))
+
+    @property
+    def identity(self) -> tuple[str, str, Key]:
+        return self.name, str(self.device), self.key
+
+
+_known: dict[tuple[str, str, Key], Config | None] = {}
+_asked: ContextVar[list[_Question] | None] = ContextVar("graphopt_asked_configurations", default=None)
+_forced: ContextVar[dict[tuple[str, str, Key], Config]] = ContextVar("graphopt_forced_configuration")
+
+
+def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Config]) -> Config:
+    """The configuration that a launcher launches a kernel with.
+
+    Args:
+        kernel: made by ``jit``.
+        device: that it will run on.
+        key: sizes, dtypes and flags that the choice depends on; numbers, strings and None only.
+        candidates: what may be chosen, the heuristic's choice first.
+
+    Returns:
+        The measured one where there is one, else the first.
+    """
+    question = _Question(kernel, device, key, candidates)
+    asked = _asked.get()
+    if asked is not None:
+        asked.append(question)
+    forced = _forced.get({}).get(question.identity)
+    if forced is not None:
+        return forced
+    if question.identity not in _known:
+        _known[question.identity] = _read(question)
+    return _known[question.identity] or candidates[0]
+
+
+def tune(launcher: Callable[..., Any], *args: Any, timer: Timer | None = None, **kwargs: Any) -> list[Tuned]:
+    """Measure every candidate of every kernel that a launcher starts, and keep the fastest on disk.
+
+    Candidates of one kernel are timed interleaved, on these arguments, while the launcher's other kernels
+    keep their configurations. One that fails (too much shared memory, no registers left) is left out.
+
+    Args:
+        launcher: that of a Triton face.
+        args: real arguments of the launcher; it must not write to them.
+        timer: microseconds of every thunk; None measures replays of CUDA graphs.
+        kwargs: likewise.
+
+    Returns:
+        One result a kernel.
+
+    Raises:
+        RuntimeError: all candidates of a kernel fail; says why the first did.
+    """
+    questions: list[_Question] = []
+    token = _asked.set(questions)
+    try:
+        launcher(*args, **kwargs)
+    finally:
+        _asked.reset(token)
+    unique = {question.identity: question for question in questions}
+    return [
+        _tune_one(question, lambda: launcher(*args, **kwargs), timer or interleaved)
+        for question in unique.values()
+    ]
+
+
+def _tune_one(question: _Question, run: Callable[[], Any], timer: Timer) -> Tuned:
+    runs: dict[int, Callable[[], Any]] = {}
+    failures: dict[int, str] = {}
+    for place, config in enumerate(question.candidates):
+
+        def with_config(config: Config = config) -> Any:
+            with _force(question, config):
+                return run()
+
+        try:
+            with_config()
+        except Exception as error:  # whatever Triton, ptxas or the driver says of this one, others may run
+            failures[place] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            runs[place] = with_config
+    if not runs:
+        raise RuntimeError(f"{question.name}: no configuration runs at {question.key}: {failures[0]}")
+    us = dict(zip(runs, timer(list(runs.values())), strict=True))
+    best = question.candidates[min(us, key=lambda place: us[place])]
+    _known[question.identity] = best
+    every = [us.get(place) for place in range(len(question.candidates))]
+    _write(question, best, every)
+    return Tuned(question.name, question.key, best, every, failures)
+
+
+@contextmanager
+def _force(question: _Question, config: Config) -> Iterator[None]:
+    token = _forced.set({**_forced.get({}), question.identity: config})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def interleaved(thunks: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median microseconds of each thunk, from replays of CUDA graphs in turn; the L2 cache is warm."""
+    graphs = []
+    stream = torch.cuda.Stream()
+    for thunk in thunks:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(REPEATS):
+                thunk()
+        graphs.append(graph)
+    samples: list[list[float]] = [[] for _ in graphs]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(ROUNDS):
+        for graph, sample in zip(graphs, samples, strict=True):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            sample.append(start.elapsed_time(end) * 1e3 / REPEATS)
+    return [statistics.median(sample) for sample in samples]
+
+
+# On disk
+
+
+def cache_folder() -> Path:
+    """Where graphopt keeps what it measured: ``GRAPHOPT_CACHE``, else a folder in the user's cache."""
+    given = os.environ.get("GRAPHOPT_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+
+
+def _circumstances(question: _Question) -> dict[str, Any]:
+    """All that a measurement is only good for, as JSON has it."""
+    gpu = torch.cuda.get_device_name(question.device) if question.device.type == "cuda" else "cpu"
+    facts = {
+        "kernel": question.name,
+        "key": [str(part) for part in question.key],
+        "gpu": gpu,
+        "triton": getattr(triton, "__version__", None),
+        "torch": torch.__version__,
+        "source": getattr(question.kernel, "cache_key", None),
+    }
+    return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
+
+
+def _path(question: _Question, facts: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "tuning" / f"{question.name}-{digest}.json"
+
+
+def _read(question: _Question) -> Config | None:
+    """What was measured before, or None; a file that cannot be read is said and passed over."""
+    facts = _circumstances(question)
+    path = _path(question, facts)
+    try:
+        found = json.loads(path.read_text())
+        if found["for"] != facts:
+            raise ValueError("it was measured under other circumstances")
+        config = Config(**found["config"])
+        numbers = (*config.tiles.values(), config.num_warps, config.num_stages)
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("it holds no configuration")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{path} is passed over, tune again: {error}", RuntimeWarning, stacklevel=3)
+        return None
+    return config
+
+
+def _write(question: _Question, config: Config, us: list[float | None]) -> None:
+    """Put the file in its place in one step, so that nobody ever reads half of one."""
+    facts = _circumstances(question)
+    path = _path(question, facts)
+    text = json.dumps({"for": facts, "config": asdict(config), "us": us}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be written, the tuning lasts this process: {error}", RuntimeWarning, stacklevel=3
+        )
