@@ -111,7 +111,7 @@ def optimize(
         outcome = _verified(outcome, base, inputs, reference, manager, older)
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("lower", 0.5):
-        candidates = plan_candidates(base, outcome.graph, executors, where, remarks)
+        candidates = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
     with clock.stage("measure", 0.8):
         chosen = choose(candidates, inputs, reference, where, remarks, timed=effort == "measured")
     outcome.rewrites[:0] = lossy

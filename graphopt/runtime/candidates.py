@@ -69,7 +69,12 @@ class Choice:
 
 
 def plan_candidates(
-    captured: Graph, rewritten: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks
+    captured: Graph,
+    rewritten: Graph,
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
 ) -> list[Candidate]:
     """Compile every way to run the model.
 
@@ -79,13 +84,14 @@ def plan_candidates(
         executors: the only ones to use, in order of preference; None for every way there is.
         target: where.
         remarks: takes what was refused.
+        effort: "measured" compiles every way, "fast" leaves out those that take long to compile.
 
     Raises:
         LoweringError: the executors insisted on cannot run the model.
         TargetError: an executor is unknown.
     """
     if executors is not None:
-        plan = partition(rewritten, find_executors(executors), target, remarks)
+        plan = partition(rewritten, find_executors(executors), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
     ways: list[tuple[str, Graph, tuple[str, ...]]] = [
         ("eager", rewritten, ("eager",)),
@@ -93,10 +99,12 @@ def plan_candidates(
     ]
     if target.device.type == "cpu":
         ways.insert(0, ("ort", rewritten, ("ort", "eager")))
+    else:
+        ways.insert(0, ("cuda", rewritten, ("cuda", "eager")))
     candidates = []
     for name, graph, order in ways:
         try:
-            plan = partition(graph, find_executors(order), target, remarks)
+            plan = partition(graph, find_executors(order), target, remarks, effort)
             candidates.append(Candidate(name, graph, plan))
         except GraphoptError as error:
             candidates.append(Candidate(name, graph, None))
@@ -143,6 +151,9 @@ def choose(
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
+    for step in best.plan.steps:
+        for note in step.program.notes():
+            remarks.add(note.kind, step.executor, note.node, note.reason)
     return Choice(candidates)
 
 

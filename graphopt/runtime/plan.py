@@ -63,6 +63,7 @@ class Plan:
                     "ops": counts,
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
+                    **step.program.describe(),
                 }
             )
         return rows

@@ -25,7 +25,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import is_getitem, is_symbolic
 from graphopt.ir.op import op_of
 from graphopt.ir.tuning import tuned_for
-from graphopt.runtime.executors._protocol import KernelTime
+from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.lower_onnx import has_translation, to_onnx
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
@@ -56,7 +56,7 @@ class Held(NamedTuple):
     value: Any
 
 
-class OrtProgram:
+class OrtProgram(Silent):
     """A region as an ONNX Runtime session.
 
     Args:
@@ -175,7 +175,7 @@ class Ort:
             return f"{node.target} has no ONNX translation"
         return None
 
-    def compile(self, region: Region, target: Target) -> OrtProgram:
+    def compile(self, region: Region, target: Target, effort: str) -> OrtProgram:
         """Export the region and open a session on it."""
         with tuned_for("cpu"):
             model = to_onnx(region.graph)
