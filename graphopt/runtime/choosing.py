@@ -196,10 +196,8 @@ def _copies(node: fx.Node, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     if size == 0:
         return [args]
     count = min(_MOST_COPIES, math.ceil(_CACHES * _l2_bytes(args[weights[0]].device) / size))
-    made = [args]
-    for _ in range(count - 1):
-        made.append(tuple(a.clone() if i in weights else a for i, a in enumerate(args)))
-    return made
+    others = (tuple(a.clone() if i in weights else a for i, a in enumerate(args)) for _ in range(count - 1))
+    return [args, *others]
 
 
 def _l2_bytes(device: torch.device) -> int:
@@ -213,15 +211,8 @@ def _given(
     node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], sources: Sequence[fx.Node]
 ) -> dict[fx.Node, Any]:
     """The values of a call's inputs, by node."""
-    values: dict[fx.Node, Any] = {}
-    planned, planned_spec = pytree.tree_flatten(
-        (node.args, node.kwargs), is_leaf=lambda leaf: isinstance(leaf, fx.Node)
-    )
-    real = planned_spec.flatten_up_to((args, kwargs))
-    for source, value in zip(planned, real, strict=True):
-        if isinstance(source, fx.Node) and source in sources:
-            values[source] = value
-    return values
+    planned, real = (pytree.tree_leaves(side) for side in ((node.args, node.kwargs), (args, kwargs)))
+    return {source: value for source, value in zip(planned, real, strict=True) if source in sources}
 
 
 def _signature(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class CudaGraph:
         function: runs on the current stream, waits for nothing and reads no value back.
         inputs: tensors on one GPU.
         pool: of memory, from ``torch.cuda.graph_pool_handle``; graphs that share one must not run at once.
+        device: the GPU.
         during: entered around the capture.
 
     Raises:
@@ -38,11 +39,11 @@ class CudaGraph:
         function: Function,
         inputs: Sequence[torch.Tensor],
         pool: Any,
-        during: AbstractContextManager[Any] | None = None,
+        device: torch.device,
+        during: AbstractContextManager[Any],
     ) -> None:
         self._inputs = [_buffer(tensor) for tensor in inputs]
-        device = inputs[0].device
-        with torch.cuda.device(device), torch.no_grad(), _CAPTURING:
+        with torch.no_grad(), _CAPTURING:
             _copy(self._inputs, inputs)
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -50,7 +51,7 @@ class CudaGraph:
                 function(*self._inputs)  # kernels compile, and libraries allocate, before the capture
             self._graph = torch.cuda.CUDAGraph()
             with (
-                during or nullcontext(),
+                during,
                 warnings.catch_warnings(),
                 torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
             ):
@@ -101,15 +102,18 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream | None = None
 
+    def here(self) -> AbstractContextManager[Any]:
+        """A block in which the GPU is the current device, as all other methods want it."""
+        return torch.cuda.device(self.device)
+
     def capture(
         self,
         function: Function,
         inputs: Sequence[torch.Tensor],
-        during: AbstractContextManager[Any] | None = None,
+        during: AbstractContextManager[Any],
     ) -> CudaGraph:
         """Capture a function; see ``CudaGraph``."""
-        self.follow()
-        return CudaGraph(function, inputs, self._pool, during)
+        return CudaGraph(function, inputs, self._pool, self.device, during)
 
     def follow(self) -> None:
         """Let the current stream wait for the one that the graphs ran on last: they share their memory."""

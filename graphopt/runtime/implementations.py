@@ -1,4 +1,4 @@
-"""What can run a node on a GPU: Triton kernels, cuBLASLt and cuDNN epilogues, attention backends, plain ATen."""
+"""What can run a node on a GPU: Triton kernels, epilogues of cuBLASLt and cuDNN, attention backends, ATen."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _epilogue_fits(
     parameter: float = 1.0,
     residual: torch.Tensor | None = None,
 ) -> bool:
-    """cuBLASLt adds a bias and then takes relu or the tanh form of GELU; it has no exact GELU."""
+    """A bias and then relu or the tanh form of GELU are what cuBLASLt adds; it has no exact GELU."""
     return bias is not None and residual is None and activation in ("relu", "gelu_tanh")
 
 
@@ -143,7 +143,7 @@ def _convolution_fits(
     parameter: float = 1.0,
     residual: torch.Tensor | None = None,
 ) -> bool:
-    """cuDNN's fused convolutions end in a relu; PyTorch hands over those of images."""
+    """Fused convolutions of cuDNN end in a relu; PyTorch hands over those of images."""
     return activation == "relu" and x.dim() == 4 and bias is not None
 
 
@@ -161,6 +161,4 @@ def _convolution_relu(
 ) -> torch.Tensor:
     if residual is None:
         return aten.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-    return aten.cudnn_convolution_add_relu(
-        x, weight, residual, 1.0, bias, stride, padding, dilation, groups
-    )
+    return aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)

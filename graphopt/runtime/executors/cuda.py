@@ -1,17 +1,13 @@
 """The ``cuda`` executor: a region as one CUDA graph a shape, each node on the implementation measured best.
 
 What a shape needs is found out when it comes first: the region runs node by node, and every call of a new
-signature is given to the fastest of its implementations that is as exact as the reference. A shape that comes
-again is captured; the least recently used graph makes room (see ``buckets.py``). What has no graph runs on the
-same kernels, launched one by one.
+signature is given to the fastest of its implementations that is as exact as the reference.
 """
 
 from __future__ import annotations
 
 import statistics
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,18 +16,13 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from graphopt.errors import said
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name
 from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
-from graphopt.runtime.buckets import Buckets
 from graphopt.runtime.choosing import Choosing
-from graphopt.runtime.cuda_graph import CudaGraph, CudaGraphs
 from graphopt.runtime.executors._protocol import KernelTime, Note
+from graphopt.runtime.graphed import Graphed
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
-
-_GRAPHS = 8  # shapes of a program that have a graph
-_MODULES = 64  # shapes whose implementations are remembered
 
 _PROFILED_RUNS = 5
 _AHEAD_CYCLES = 100_000_000  # the GPU is kept busy for 50 ms while all work of a profiled run is queued
@@ -51,56 +42,23 @@ class CudaProgram:
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
         self._region = region
+        self._device = device
         self._choosing = Choosing(region.graph, timed=timed)
-        self._graphs = CudaGraphs(device)
-        self._buckets: Buckets[CudaGraph] = Buckets(_GRAPHS)
-        self._modules: OrderedDict[tuple[Any, ...], fx.GraphModule] = OrderedDict()
-        self._lock = threading.Lock()
-        self._failure: tuple[fx.Node, str] | None = None
+        self._graphed = Graphed(device, self._specialise, prefetched_weights)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
-        """Run on the current stream, after whatever ran there before; returns fresh tensors."""
-        key = tuple(tensor.shape for tensor in inputs)
-        with self._lock, torch.no_grad():
-            self._graphs.follow()
-            graph = self._buckets.find(key)
-            if graph is not None:
-                return graph.replay(inputs)
-            first = not self._modules
-            module = self._modules.get(key)
-            if module is None:
-                module = self._modules[key] = self._specialise(inputs)
-                self._choosing.settle()
-                if len(self._modules) > _MODULES:
-                    self._modules.popitem(last=False)
-            self._modules.move_to_end(key)
-            if (self._buckets.earns(key) or first) and self._failure is None and inputs:
-                graph = self._capture(key, module, inputs)
-                if graph is not None:
-                    return graph.replay(inputs)
-            return _fresh(module(*inputs), inputs)
-
-    def _capture(
-        self, key: tuple[Any, ...], module: fx.GraphModule, inputs: Sequence[torch.Tensor]
-    ) -> CudaGraph | None:
-        """Capture a shape; what cannot be captured is run without a graph from then on, with a remark."""
-        old = self._buckets.room()
-        if old is not None:
-            self._graphs.drop(old)
-        try:
-            graph = self._graphs.capture(module, inputs, prefetched_weights())
-        except (RuntimeError, AssertionError) as error:  # OutOfMemoryError is a RuntimeError
-            self._failure = self._region.graph.calls[0], said(error).splitlines()[0]
-            torch.cuda.empty_cache()
-            return None
-        self._buckets.add(key, graph)
-        return graph
+        """Run on the current stream; returns fresh tensors."""
+        return self._graphed.run(inputs)
 
     def _specialise(self, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-        """The region with every call replaced by the implementation for these shapes."""
+        """The region with every call replaced by the implementation for these shapes.
+
+        Only the first inputs are measured on: what comes at a user's call is decided by what is known.
+        """
         chosen = _Chosen(self._region.graph.module, self._choosing)
         with _benchmarking():
             chosen.run(*inputs)
+        self._choosing.settle()
         graph = fx.Graph()
         made: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self._region.graph.fx, made))
@@ -110,12 +68,9 @@ class CudaProgram:
 
     def describe(self) -> dict[str, Any]:
         """What the plan's row says of the program."""
-        captured = len(self._buckets) > 0 and self._failure is None
         return {
-            "graphed_nodes": len(computing(self._region.graph)) if captured else 0,
-            "cuda_graphs": len(self._buckets),
-            "cuda_graphs_dropped": self._buckets.dropped,
-            "cuda_graph_bytes": self._graphs.bytes() if len(self._buckets) else 0,
+            "graphed_nodes": len(self._region.graph.calls) if self._graphed.captured else 0,
+            **self._graphed.describe(),
             "kernels": [decision.to_dict() for decision in self._choosing.decisions],
         }
 
@@ -127,30 +82,30 @@ class CudaProgram:
             for decision in self._choosing.decisions
             if decision.us or decision.refused
         ]
-        if self._failure is not None:
-            node, reason = self._failure
-            notes.append(Note("missed", node, f"{self._region.name} runs without a CUDA graph: {reason}"))
-        return notes
+        return [*notes, *graphless(self._region, self._graphed)]
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
         """Run the same kernels one by one, and tell what each takes on the GPU.
 
-        All work is queued while the GPU is kept busy, so that what passes between two events is the GPU's time
-        alone: a kernel, its launch gap, and about a microsecond for the event.
+        All work is queued while the GPU is kept busy, so that what passes between two events is the GPU's own
+        time; what passes between two events with nothing between them is taken off.
         """
         results = self.run(inputs)
-        module = self._modules[tuple(tensor.shape for tensor in inputs)]
+        module = self._graphed.function(inputs)
+        assert isinstance(module, fx.GraphModule)
         rows: dict[str, list[KernelTime]] = {}
         kernels = {name: d.chosen.name for d in self._choosing.decisions for name in d.nodes}
-        with torch.no_grad(), torch.cuda.device(self._graphs.device):
+        with torch.no_grad(), torch.cuda.device(self._device):
             for _ in range(_PROFILED_RUNS):
                 timed = _Timed(module)
                 torch.cuda._sleep(_AHEAD_CYCLES)
                 timed.run(*inputs)
+                nothing = _event(), _event()
                 torch.cuda.synchronize()
+                event_ms = nothing[0].elapsed_time(nothing[1])
                 for node, row in zip(computing(self._region.graph), timed.events, strict=True):
                     op = f"{op_name(node)} ({kernels[node.name]})"
-                    took = row[0].elapsed_time(row[1])
+                    took = max(0.0, row[0].elapsed_time(row[1]) - event_ms)
                     rows.setdefault(node.name, []).append(KernelTime(node.name, op, took))
         return results, [
             KernelTime(name, times[0].op, statistics.median(time.ms for time in times))
@@ -189,12 +144,16 @@ class _Timed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function" or is_getitem(n) or is_symbolic(n):
             return super().run_node(n)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        start = _event()
         result = super().run_node(n)
-        end.record()
-        self.events.append((start, end))
+        self.events.append((start, _event()))
         return result
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def computing(graph: Graph) -> list[fx.Node]:
@@ -202,8 +161,16 @@ def computing(graph: Graph) -> list[fx.Node]:
     return [node for node in graph.calls if not is_getitem(node) and not is_symbolic(node)]
 
 
+def graphless(region: Region, graphed: Graphed) -> list[Note]:
+    """The remark that a region has no CUDA graph, and why."""
+    if graphed.failure is None:
+        return []
+    reason = f"{region.name} runs without a CUDA graph: {graphed.failure}"
+    return [Note("missed", region.graph.calls[0], reason)]
+
+
 @contextmanager
-def _benchmarking() -> Any:
+def _benchmarking() -> Iterator[None]:
     """Let cuDNN measure its algorithms for shapes that are new to it."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
@@ -211,17 +178,6 @@ def _benchmarking() -> Any:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _fresh(results: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:
-    """The results; a view of an input is copied, as a graph's outputs are."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    return [
-        value.clone()
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in held
-        else value
-        for value in results
-    ]
 
 
 class Cuda:
@@ -256,7 +212,7 @@ def uncapturable(node: fx.Node, device: torch.device) -> str | None:
         if isinstance(value, torch.Tensor) and value.device.type != device.type and value.dim():
             return f"{op_name(node)} reads {source.name}, which is on {value.device}"
     name = op_name(node).rpartition(".")[2]
-    if name.lstrip("_").startswith("linalg_") and name not in _QUIET_LINALG or name == "inverse":
+    if name == "inverse" or (name.lstrip("_").startswith("linalg_") and name not in _QUIET_LINALG):
         return f"{op_name(node)} waits for the GPU to see whether it failed"
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return f"{op_name(node)} draws random numbers"
