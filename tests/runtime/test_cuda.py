@@ -62,10 +62,7 @@ def mlp() -> Example:
     [*itertools.product(FAMILIES, (torch.float32, torch.float16)), ("bert", torch.bfloat16)],
 )
 def test_a_model_is_one_cuda_graph_and_as_exact_as_before(family: str, dtype: torch.dtype) -> None:
-    example = (
-        model_of(family) if family != "cnn" else Example(randomised(_models.CNN()), (randn(2, 3, 16, 16),))
-    )
-    example = on_gpu(example, dtype)
+    example = on_gpu(FAMILIES[family](), dtype)
     opt = graphopt.optimize(
         example.model, example.args, example.kwargs, executors=("cuda",), require_cuda_graph=True
     )
