@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import RESULTS, catalogue
+from bench import RESULTS, catalogue, kernels
 from bench.models import SUITES
 from bench.readme import update_readme
 from graphopt.bench.case import Setting, run_case
@@ -21,15 +21,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "readme", "catalogue"],
-        help="a suite; or readme: only rewrite its tables; or catalogue: what is found in every architecture",
+        choices=[*SUITES, "kernels", "readme", "catalogue"],
+        help="a suite; or kernels: the Triton kernels, on a GPU; or readme: only rewrite its tables;"
+        " or catalogue: what is found in every architecture",
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
+    parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
     given = parser.parse_args()
+    if given.suite == "kernels":
+        kernels.run(given.only, given.against.split(","), tuned=given.tune, record=not given.dry)
+        return
     if given.suite == "catalogue":
         every = track(list(catalogue.cases()), "architectures")
         catalogue.update_page([catalogue.measure(*case) for case in every])

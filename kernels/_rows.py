@@ -58,7 +58,8 @@ def power_of_two(number: int) -> int:
 def broadcast_rows(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int, int, int]:
     """A tensor expanded to (..., D), as rows that two strides find.
 
-    Row i lies ``i // inner * outer_stride + i % inner * inner_stride`` elements in. Other layouts are copied.
+    Row i lies ``i // inner * outer_stride + i % inner * inner_stride`` elements in, with all rows inner where
+    one stride finds them. Other layouts are copied.
 
     Returns:
         The tensor to take the pointer of, inner, the outer and the inner stride.
@@ -81,10 +82,31 @@ def broadcast_rows(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, in
 
 @jit
 def row_tile(rows, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's rows (R, 1) in 64 bits, features (1, D), and which of them there are."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    """This program's rows (R, 1), features (1, D), and which of them there are.
+
+    Rows are numbered in 32 bits, since dividing in 64 takes longer than all the rest of a short row.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.arange(0, BLOCK_D)[None, :]
     return row, column, (row < rows) & (column < D)
+
+
+@jit
+def broadcast_tile(  # type: ignore[no-untyped-def]
+    ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC: tl.constexpr
+):
+    """The tile of a tensor laid out as ``broadcast_rows`` says, in float32."""
+    if PERIODIC:
+        start = (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+    else:
+        start = row.to(tl.int64) * stride_inner
+    return tl.load(ptr + start + column, mask=seen, other=0.0).to(tl.float32)
+
+
+@jit
+def row_pointers(ptr, row, column, stride):  # type: ignore[no-untyped-def]
+    """Of a tile of rows that lie a stride apart."""
+    return ptr + row.to(tl.int64) * stride + column
 
 
 @jit

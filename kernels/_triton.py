@@ -26,9 +26,34 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 except ImportError:  # macOS, Windows, a CPU build of torch
     triton = None
     tl = None
+    libdevice = None
+
+__all__ = [
+    "INTERPRETED",
+    "OLDEST",
+    "WITH_PDL",
+    "Launch",
+    "as_rows",
+    "capability",
+    "compile_time",
+    "constant",
+    "jit",
+    "last_contiguous",
+    "launch",
+    "libdevice",
+    "prefetched_weights",
+    "processors",
+    "recorded_launches",
+    "refuse",
+    "tl",
+    "triton",
+    "wait_for_all",
+    "wait_for_inputs",
+]
 
 # With TRITON_INTERPRET=1, set before this import, kernels run in numpy on tensors of any device.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -42,6 +67,16 @@ _prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=
 def jit(function: Callable[..., Any]) -> Any:
     """``triton.jit``, or the function as it is where there is no Triton."""
     return function if triton is None else triton.jit(function)
+
+
+def compile_time(function: Callable[..., Any]) -> Any:
+    """Let kernels call a plain function of compile-time arguments; it runs while they are compiled."""
+    return function if triton is None else triton.constexpr_function(function)
+
+
+def constant(value: Any) -> Any:
+    """A module's number, string or flag that kernels may read."""
+    return value if triton is None else tl.constexpr(value)
 
 
 @dataclass(frozen=True)
@@ -151,9 +186,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """The streaming multiprocessors of a GPU; 1 for what is none."""
+    """The streaming multiprocessors of a GPU; an H100's for what is none, so that tests launch as there."""
     if device.type != "cuda":
-        return 1
+        return 132
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 

@@ -2,8 +2,8 @@
 
 A launcher says ``config = choose(kernel, device, key, candidates)``. The first candidate is the heuristic's
 choice, and what it gets until somebody calls ``tune`` on the launcher with real arguments: nothing is timed
-unasked. What was measured is a JSON file under ``GRAPHOPT_CACHE`` (else ``$XDG_CACHE_HOME/graphopt``), one for
-every kernel, key, GPU, versions of Triton and torch, and hash of the kernel's source: no stale one is ever read.
+unasked. What was measured is a JSON file under ``GRAPHOPT_CACHE`` (else ``$XDG_CACHE_HOME/graphopt``), one
+for every kernel, key, GPU, version of Triton and torch, and hash of the kernel's source: none is ever stale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._triton import triton
+from graphopt.kernels._triton import recorded_launches, triton
 
 Key = tuple[Hashable, ...]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -117,20 +117,24 @@ def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Con
     return _known[question.identity] or candidates[0]
 
 
-def tune(launcher: Callable[..., Any], *args: Any, timer: Timer | None = None, **kwargs: Any) -> list[Tuned]:
+def tune(
+    launcher: Callable[..., Any], *args: Any, timer: Timer | None = None, again: bool = False, **kwargs: Any
+) -> list[Tuned]:
     """Measure every candidate of every kernel that a launcher starts, and keep the fastest on disk.
 
-    Candidates of one kernel are timed interleaved, on these arguments, while the launcher's other kernels
-    keep their configurations. One that fails (too much shared memory, no registers left) is left out.
+    A kernel that was measured before keeps what was found, unless it is to be measured again. Candidates of
+    one kernel are timed interleaved, on these arguments, while the launcher's other kernels keep theirs. One
+    that fails (too much shared memory, no registers left) is left out.
 
     Args:
         launcher: that of a Triton face.
         args: real arguments of the launcher; it must not write to them.
         timer: microseconds of every thunk; None measures replays of CUDA graphs.
+        again: whether to measure what is known.
         kwargs: likewise.
 
     Returns:
-        One result a kernel.
+        One result a kernel that was measured.
 
     Raises:
         RuntimeError: all candidates of a kernel fail; says why the first did.
@@ -138,10 +142,11 @@ def tune(launcher: Callable[..., Any], *args: Any, timer: Timer | None = None, *
     questions: list[_Question] = []
     token = _asked.set(questions)
     try:
-        launcher(*args, **kwargs)
+        with recorded_launches():  # a heuristic's choice that fails must not end the tuning
+            launcher(*args, **kwargs)
     finally:
         _asked.reset(token)
-    unique = {question.identity: question for question in questions}
+    unique = {q.identity: q for q in questions if again or _known.get(q.identity) is None}
     return [
         _tune_one(question, lambda: launcher(*args, **kwargs), timer or interleaved)
         for question in unique.values()

@@ -17,8 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._onnx import Value, add_norm
+from graphopt.kernels._rows import (
+    broadcast_rows,
+    broadcast_tile,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    scaled,
+    vector,
+)
 from graphopt.kernels._shape import (
     nbytes,
     require_floating,
@@ -27,6 +37,8 @@ from graphopt.kernels._shape import (
     require_weight,
     total_bytes,
 )
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor normed, Tensor total)"
 
@@ -69,6 +81,61 @@ def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, 
     return Cost(flops=5.0 * x.numel(), bytes=nbytes(x, residual, weight, x) + total_bytes(x, residual))
 
 
+@jit
+def _add_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    total_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    rows,
+    stride_xr,
+    inner,
+    stride_outer,
+    stride_inner,
+    eps,
+    D: tl.constexpr,
+    PERIODIC: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
+    total = (x + residual).to(total_ptr.dtype.element_ty)
+    tl.store(row_pointers(total_ptr, row, column, D), total, mask=seen)
+    tl.store(
+        row_pointers(out_ptr, row, column, D), scaled(total.to(tl.float32), seen, D, eps) * weight, mask=seen
+    )
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = x.new_empty(x.shape)
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    wide, *layout = broadcast_rows(residual, x.shape)
+    weight_D = x if weight is None else weight.contiguous()
+    given = {"PERIODIC": layout[0] < rows, "HAS_WEIGHT": weight is not None}
+    key = (rows, features, x.dtype, residual.dtype, weight_D.dtype, *given.values())
+    config = choose(_add_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, total, x_RD, wide, weight_D, rows, x_RD.stride(0), *layout, eps)
+    launch(_add_rms_norm_kernel, grid, *args, D=features, **given, **config.options)
+    return out, total
+
+
+def _refuses(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> str | None:
+    return refuse(x, residual, weight) or refuse_row(x.shape[-1])
+
+
 def _onnx(x: Value, residual: Value, weight: Value | None, eps: float) -> tuple[Any, Any]:
     return add_norm("SkipSimplifiedLayerNormalization", x, residual, weight, None, eps)
 
@@ -95,4 +162,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, x.double(), weight, 1e-6), match="residual is torch.float64")
 
 
-OP = register(Op("add_rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("add_rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
 from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
+from graphopt.kernels._triton import jit, last_contiguous, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = (
     "(Tensor input_ids, Tensor word_table, Tensor? position_ids, Tensor? position_table,"
@@ -119,6 +122,110 @@ def _cost(
     )
 
 
+@jit
+def _embedded(looked_up, row, column, seen, rows, length):  # type: ignore[no-untyped-def]
+    """The rows of a table that ids name, in float32; NaN where an id is outside of the table."""
+    ids_ptr, table_ptr, size, stride_ib, stride_is, stride_tr = looked_up
+    place = (row // length).to(tl.int64) * stride_ib + row % length * stride_is
+    index = tl.load(ids_ptr + place, mask=row < rows, other=0)
+    inside = seen & (index >= 0) & (index < size)
+    ptrs = row_pointers(table_ptr, index, column, stride_tr)
+    return tl.load(ptrs, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@jit
+def _embedding_layer_norm_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    words,
+    types,
+    positions,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    length,
+    eps,
+    D: tl.constexpr,
+    HAS_TYPES: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
+    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    wait_for_inputs(PDL)
+    total = _embedded(words, row, column, seen, rows, length)
+    if HAS_TYPES:
+        total += _embedded(types, row, column, seen, rows, length)
+    if HAS_POSITIONS:
+        total += _embedded(positions, row, column, seen, rows, length)
+    normed = centred_and_scaled(total, seen, D, eps)
+    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
+
+
+def _looked_up(ids_BS: torch.Tensor, table_VD: torch.Tensor) -> tuple[Any, ...]:
+    """Ids and table as the kernel takes them: with the table's size, both strides of the ids, its own one."""
+    table_VD = last_contiguous(table_VD)
+    stride_b = 0 if ids_BS.shape[0] == 1 else ids_BS.stride(0)
+    return ids_BS, table_VD, table_VD.shape[0], stride_b, ids_BS.stride(1), table_VD.stride(0)
+
+
+def _launch(
+    input_ids: torch.Tensor,
+    word_table: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    token_type_table: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """An id outside of its table makes its row NaN; PyTorch's embedding stops the process on a GPU."""
+    rows, length, features = input_ids.numel(), input_ids.shape[1], word_table.shape[1]
+    out = word_table.new_empty((*input_ids.shape, features))
+    pairs = [(input_ids, word_table), (token_type_ids, token_type_table), (position_ids, position_table)]
+    given = {
+        "HAS_TYPES": token_type_ids is not None,
+        "HAS_POSITIONS": position_ids is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+    }
+    words, types, positions = (
+        _looked_up(input_ids, word_table) if ids is None or table is None else _looked_up(ids, table)
+        for ids, table in pairs
+    )
+    weight_D, bias_D = (word_table if v is None else v.contiguous() for v in (weight, bias))
+    key = (rows, length, features, word_table.dtype, *given.values())
+    configs = row_configs(rows, features, word_table.device)
+    config = choose(_embedding_layer_norm_kernel, word_table.device, key, configs)
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, words, types, positions, weight_D, bias_D, rows, length, eps)
+    launch(_embedding_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    return out
+
+
+def _refuses(
+    input_ids: torch.Tensor,
+    word_table: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    position_table: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    token_type_table: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> str | None:
+    ids = (input_ids, position_ids, token_type_ids)
+    return refuse(*ids, word_table, position_table, token_type_table, weight, bias) or refuse_row(
+        word_table.shape[1]
+    )
+
+
 def _onnx(
     input_ids: Value,
     word_table: Value,
@@ -176,4 +283,7 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((ids, words, None, None, None, None, weight[:8], None, 1e-5), match="weight has shape")
 
 
-OP = register(Op("embedding_layer_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(
+    Op("embedding_layer_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON)
+)

@@ -12,134 +12,20 @@ of values, numbers and, for ``to``, a type. A step's tensors have one type, but 
 
 from __future__ import annotations
 
-import functools
-import operator
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
-from graphopt.kernels import _activations
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.kernels import _activations, _pointwise_triton
 from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._program import FUNCTIONS, Operand, parse, typed
 from graphopt.kernels._shape import nbytes, require
+from graphopt.kernels._triton import refuse
 
 SCHEMA = "(Tensor[] inputs, str program) -> Tensor"
-
-_STEP = re.compile(r"%(\d+) = (\w+)\(([^()]+)\)")
-_TYPES = {
-    "float16": (torch.float16, ir.DataType.FLOAT16),
-    "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16),
-    "float32": (torch.float32, ir.DataType.FLOAT),
-    "float64": (torch.float64, ir.DataType.DOUBLE),
-}
-COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-
-
-@dataclass(frozen=True)
-class Function:
-    """A name that a program may use.
-
-    Args:
-        arity: the number of its operands.
-        torch: what it computes.
-        onnx: the nodes that compute it.
-    """
-
-    arity: int
-    torch: Callable[..., Any]
-    onnx: Callable[..., Any]
-
-
-FUNCTIONS: dict[str, Function] = {
-    "add": Function(2, operator.add, op.Add),
-    "sub": Function(2, operator.sub, op.Sub),
-    "mul": Function(2, operator.mul, op.Mul),
-    "div": Function(2, operator.truediv, op.Div),
-    "pow": Function(2, operator.pow, op.Pow),
-    "maximum": Function(2, torch.maximum, op.Max),
-    "minimum": Function(2, torch.minimum, op.Min),
-    "lt": Function(2, operator.lt, op.Less),
-    "le": Function(2, operator.le, op.LessOrEqual),
-    "gt": Function(2, operator.gt, op.Greater),
-    "ge": Function(2, operator.ge, op.GreaterOrEqual),
-    "eq": Function(2, operator.eq, op.Equal),
-    "ne": Function(2, operator.ne, lambda x, y: op.Not(op.Equal(x, y))),
-    "where": Function(3, torch.where, op.Where),
-    "neg": Function(1, torch.neg, op.Neg),
-    "abs": Function(1, torch.abs, op.Abs),
-    "exp": Function(1, torch.exp, op.Exp),
-    "log": Function(1, torch.log, op.Log),
-    "erf": Function(1, torch.erf, op.Erf),
-    "sin": Function(1, torch.sin, op.Sin),
-    "cos": Function(1, torch.cos, op.Cos),
-    "floor": Function(1, torch.floor, op.Floor),
-    "ceil": Function(1, torch.ceil, op.Ceil),
-    "sqrt": Function(1, torch.sqrt, op.Sqrt),
-    "rsqrt": Function(1, torch.rsqrt, lambda x: op.Reciprocal(op.Sqrt(x))),
-    "reciprocal": Function(1, torch.reciprocal, op.Reciprocal),
-    "square": Function(1, torch.square, lambda x: op.Mul(x, x)),
-    "to": Function(2, lambda x, name: x.to(_TYPES[name][0]), lambda x, name: op.Cast(x, to=_TYPES[name][1])),
-    **{
-        name: Function(2, compute, _activations.ONNX[name])
-        for name, compute in _activations.TORCH.items()
-        if name != "none"
-    },
-}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A value of the program, by its number."""
-
-    index: int
-
-
-Step = tuple[str, tuple[Operand | int | float | str, ...]]
-
-
-@functools.lru_cache(maxsize=4096)
-def parse(program: str, inputs: int) -> tuple[Step, ...]:
-    """The steps of a program.
-
-    Args:
-        program: see above.
-        inputs: how many there are.
-
-    Raises:
-        ValueError: a line is no step, or reads what is not there yet.
-    """
-    steps: list[Step] = []
-    for line in program.splitlines():
-        found = _STEP.fullmatch(line)
-        own = inputs + len(steps)
-        require(found is not None and int(found[1]) == own, f"pointwise: {line!r} is not the step %{own}")
-        assert found is not None
-        name, operands = found[2], tuple(map(_operand, found[3].split(", ")))
-        known = name in FUNCTIONS and len(operands) == FUNCTIONS[name].arity
-        require(known, f"pointwise: there is no {name} of {len(operands)} operands")
-        for operand in operands:
-            fits = not isinstance(operand, Operand) or operand.index < own
-            require(fits, f"pointwise: {line!r} reads what is not there yet")
-            fits = not isinstance(operand, str) or (name == "to" and operand in _TYPES)
-            require(fits, f"pointwise: {line!r} has no use for {operand}")
-        steps.append((name, operands))
-    require(steps, "pointwise: the program is empty")
-    return tuple(steps)
-
-
-def _operand(text: str) -> Operand | int | float | str:
-    if text.startswith("%"):
-        return Operand(int(text[1:]))
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _shape(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
@@ -155,24 +41,12 @@ def _shape(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
     Raises:
         ValueError: the program is none, or the types of a step's tensors differ.
     """
-    dtypes = [x.dtype for x in inputs]
     for x in inputs:
         fits = x.dtype.is_floating_point or x.dtype == torch.bool
         require(fits, f"pointwise: inputs must be floating or bool, not {x.dtype}")
-    for name, operands in parse(program, len(inputs)):
-        given = [dtypes[operand.index] for operand in operands if isinstance(operand, Operand)]
-        own = given[1:] if name == "where" else given
-        require(own, f"pointwise: {name} reads no tensor")
-        require(len(set(own)) == 1, f"pointwise: the tensors of {name} are {given}")
-        dtypes.append(_dtype(name, operands, given))
+    dtypes = typed(program, [x.dtype for x in inputs])
     require(dtypes[-1].is_floating_point, f"pointwise: the result must be floating, not {dtypes[-1]}")
     return inputs[0].new_empty(torch.broadcast_shapes(*(x.shape for x in inputs)), dtype=dtypes[-1])
-
-
-def _dtype(name: str, operands: tuple[Any, ...], given: list[torch.dtype]) -> torch.dtype:
-    if name in COMPARISONS:
-        return torch.bool
-    return _TYPES[operands[1]][0] if name == "to" else given[-1]
 
 
 def _reference(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
@@ -190,6 +64,30 @@ def _cost(inputs: Sequence[torch.Tensor], program: str) -> Cost:
         flops=float(out.numel() * len(parse(program, len(inputs)))),
         bytes=nbytes(*inputs, out),
     )
+
+
+def _launch(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
+    return _pointwise_triton.run(inputs, program)
+
+
+def _refuses(inputs: Sequence[torch.Tensor], program: str) -> str | None:
+    return _pointwise_triton.refuse_program(program, [x.dtype for x in inputs]) or refuse(*inputs)
+
+
+def unary(program: Callable[..., str]) -> TritonFace:
+    """The face of a call on one tensor that is one step.
+
+    Args:
+        program: the step as text, from the call's arguments: ``lambda x: "silu(%0, 1.0)"``.
+    """
+
+    def launch(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _launch([x], f"%1 = {program(x, *args, **kwargs)}")
+
+    def refuses(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return _refuses([x], f"%1 = {program(x, *args, **kwargs)}")
+
+    return TritonFace(launch, refuses)
 
 
 def _onnx(inputs: Sequence[Value], program: str) -> Any:
@@ -242,4 +140,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample(([x], "%1 = add(1, 2)"), match="add reads no tensor")
 
 
-OP = register(Op("pointwise", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("pointwise", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels import pointwise
 from graphopt.kernels._onnx import Value, emit
 from graphopt.kernels._shape import nbytes, require_floating
 
@@ -47,6 +48,9 @@ def _cost(x: torch.Tensor, alpha: float = 1.702) -> Cost:
     return Cost(flops=3.0 * x.numel(), bytes=nbytes(x, x))
 
 
+TRITON = pointwise.unary(lambda x, alpha=1.702: f"quick_gelu(%0, {alpha})")
+
+
 def _onnx(x: Value, alpha: float = 1.702) -> Any:
     """The node that ONNX Runtime itself makes of the two products and the sigmoid."""
     return emit("QuickGelu", x, alpha=alpha)
@@ -63,4 +67,4 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((torch.arange(3),), match="must be floating")
 
 
-OP = register(Op("quick_gelu", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+OP = register(Op("quick_gelu", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value
-from graphopt.kernels._rows import refuse_row, row_configs, row_tile, scaled, vector
+from graphopt.kernels._rows import refuse_row, row_configs, row_pointers, row_tile, scaled, vector
 from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_weight
 from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
 from graphopt.kernels._tuning import choose
@@ -75,8 +75,8 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
     weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * stride_xr + column, mask=seen, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + column, scaled(x, seen, D, eps) * weight, mask=seen)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    tl.store(row_pointers(out_ptr, row, column, D), scaled(x, seen, D, eps) * weight, mask=seen)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -17,9 +17,21 @@ from typing import Any
 
 import torch
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._onnx import Value, emit, op
+from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._shape import nbytes, require, require_floating, require_weight, shape_of
+from graphopt.kernels._triton import (
+    jit,
+    last_contiguous,
+    launch,
+    processors,
+    refuse,
+    tl,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config, choose
 
 SCHEMA = "(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor"
 
@@ -69,6 +81,99 @@ def _cost(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
     """Three operations for every feature that turns."""
     turning = x.numel() // x.shape[3] * 2 * cos.shape[2]
     return Cost(flops=3.0 * turning, bytes=nbytes(x, cos, sin, x))
+
+
+@jit
+def _rope_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    rows,
+    length,
+    heads,
+    stride_xb,
+    stride_xs,
+    stride_xh,
+    stride_cb,
+    stride_cs,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A row is one head of one token. Pairs that lie together are read together, then parted in registers."""
+    wait_for_all(PDL)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    head, token = row % heads, row // heads
+    batch, position = (token // length).to(tl.int64), (token % length).to(tl.int64)
+    pair = tl.arange(0, BLOCK_P)[None, :]
+    turning = (row < rows) & (pair < PAIRS)
+    table = batch * stride_cb + position * stride_cs + pair
+    x_ptr += batch * stride_xb + position * stride_xs + head * stride_xh
+    out_ptr += row.to(tl.int64) * D
+    wait_for_inputs(PDL)
+    cos = tl.load(cos_ptr + table, mask=turning, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=turning, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * BLOCK_P)[None, :]
+        seen = (row < rows) & (both < 2 * PAIRS)
+        x = tl.load(x_ptr + both, mask=seen, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(x, (BLOCK_R, BLOCK_P, 2)))
+        turned = tl.join(first * cos - second * sin, second * cos + first * sin)
+        tl.store(out_ptr + both, tl.reshape(turned, (BLOCK_R, 2 * BLOCK_P)), mask=seen)
+    else:
+        first = tl.load(x_ptr + pair, mask=turning, other=0.0).to(tl.float32)
+        second = tl.load(x_ptr + PAIRS + pair, mask=turning, other=0.0).to(tl.float32)
+        tl.store(out_ptr + pair, first * cos - second * sin, mask=turning)
+        tl.store(out_ptr + PAIRS + pair, second * cos + first * sin, mask=turning)
+    if BLOCK_REST > 0:
+        rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)[None, :]
+        passing = (row < rows) & (rest < D)
+        tl.store(out_ptr + rest, tl.load(x_ptr + rest, mask=passing), mask=passing)
+
+
+def _configs(rows: int, features: int, device: torch.device) -> list[Config]:
+    """Rows a program: 2048 elements where there are enough rows for every processor."""
+    many = max(1, min(2048 // power_of_two(features), rows // (2 * processors(device))))
+    first = 1 << (many.bit_length() - 1)
+    return [Config({"BLOCK_R": size}, warps) for size in (first, 2 * first, 4 * first) for warps in (4, 8)]
+
+
+def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    x_BSHD, cos, sin = last_contiguous(x), last_contiguous(cos), last_contiguous(sin)
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    _, length, heads, features = x.shape
+    rows, pairs = x[..., 0].numel(), cos.shape[2]
+    config = choose(
+        _rope_kernel,
+        x.device,
+        (rows, length, heads, features, pairs, interleaved, x.dtype, cos.dtype),
+        _configs(rows, features, x.device),
+    )
+    args = (out, x_BSHD, cos, sin, rows, length, heads, *x_BSHD.stride()[:3])
+    stride_cb = 0 if cos.shape[0] == 1 else cos.stride(0)
+    constants = {
+        "D": features,
+        "PAIRS": pairs,
+        "INTERLEAVED": interleaved,
+        "BLOCK_P": power_of_two(pairs),
+        "BLOCK_REST": power_of_two(features - 2 * pairs) if features > 2 * pairs else 0,
+    }
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    launch(_rope_kernel, grid, *args, stride_cb, cos.stride(1), **constants, **config.options)
+    return out
+
+
+def _refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> str | None:
+    if cos.shape[2] == 0:
+        return "no feature turns"
+    return refuse(x, cos, sin)
 
 
 def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:
@@ -133,4 +238,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, cos.double(), sin), match="cos is torch.float64")
 
 
-OP = register(Op("rope", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("rope", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -18,7 +18,7 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import Match, argument, arguments
-from graphopt.kernels.pointwise import COMPARISONS, FUNCTIONS
+from graphopt.kernels._program import COMPARISONS, FUNCTIONS
 from graphopt.kernels.pointwise import OP as POINTWISE
 from graphopt.passes._epilogue import is_activation, named
 from graphopt.passes._pointwise import is_pointwise

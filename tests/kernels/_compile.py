@@ -1,23 +1,29 @@
-"""``python -m tests.kernels._compile``: every kernel compiled for three GPUs without one, as JSON on stdout.
+"""``python -m tests.kernels._compile``: kernels at real sizes, compiled for three GPUs without one.
 
-A process of its own, because kernels that run in the interpreter cannot be compiled.
+Prints what ptxas made of each as JSON; with ``--record``, writes it to ``compiled.json``, with which the test
+compares. A process of its own, because kernels that run in the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graphopt.kernels._triton import Launch
+from bench.kernel_cases import cases
+from graphopt.kernels._triton import Launch, recorded_launches
 
+RECORDED = Path(__file__).parent / "compiled.json"
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 POINTERS = {
     torch.float16: "*fp16",
@@ -85,3 +91,27 @@ def usage(cubin: bytes) -> dict[str, int]:
     assert found is not None, said
     registers, stack, _, local = map(int, found.groups())
     return {"registers": registers, "stack": stack, "local": local}
+
+
+def every() -> dict[str, dict[str, int]]:
+    """Usage by kernel, case and GPU; launches that come to the same code once."""
+    found: dict[str, dict[str, int]] = {}
+    with FakeTensorMode():
+        for case in cases():
+            args = case.make(torch.device("cpu"), torch.float16)
+            with recorded_launches() as launches:
+                case.face.launch(*args)
+            for launch in launches:
+                for target, arch in TARGETS.items():
+                    found[f"{launch.kernel.__name__}, {case.shape}, {target}"] = compiled(launch, arch)
+    return found
+
+
+if __name__ == "__main__":
+    usages = every()
+    lines = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(usages.items()))
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    if "--record" in sys.argv:
+        RECORDED.write_text(text)
+    else:
+        print(text)

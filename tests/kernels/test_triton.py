@@ -5,13 +5,16 @@ Without a GPU they run in Triton's interpreter, with one they run compiled; ``te
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from graphopt.ir.op import OPS, Op, Sample, TritonFace
 from graphopt.kernels import _triton
+from tests.kernels.test_mixed_types import MIXED, SUMS
 from tests.kernels.test_ops import assert_right, cast, mapped, outputs, samples, tensors, within_half
 
 FACES = [op for op in OPS.values() if op.triton is not None]
@@ -64,6 +67,77 @@ def test_results_are_the_same_twice(op: Op, sample: Sample) -> None:
     sample = prepared(op, sample, torch.float16)
     for once, again in zip(launched(op, sample), launched(op, sample), strict=True):
         assert torch.equal(once, again)
+
+
+FENCE = 64  # elements on either side of a buffer, and a whole number of vectors of 16 bytes
+
+
+def fenced(x: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A buffer of the fence's value with a copy of a tensor in its middle, and the copy."""
+    buffer = torch.full((x.numel() + 2 * FENCE,), fence, device=x.device).to(x.dtype)
+    inside = buffer[FENCE : FENCE + x.numel()].view(x.shape)
+    inside.copy_(x)
+    return buffer, inside
+
+
+@over_samples
+def test_nothing_outside_of_a_buffer_is_read_or_written(
+    op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs stand between values that spoil every result, and whatever is allocated between sentinels."""
+    sample = mapped(prepared(op, sample, torch.float32), lambda x: x.contiguous())
+    expected = launched(op, sample)
+    read = mapped(sample, lambda x: fenced(x, math.nan if x.is_floating_point() else 1)[1])
+    before = [x.clone() for x in tensors(read)]
+    buffers = []
+    new_empty = torch.Tensor.new_empty
+
+    def fenced_empty(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(x, *size, **options)
+        if "device" in options:  # the interpreter's own
+            return made
+        buffer, inside = fenced(torch.zeros_like(made), 7)
+        buffers.append((buffer, inside.numel()))
+        return inside
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", fenced_empty)
+        found = launched(op, read)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tensors(read), before, strict=True))
+    assert len(buffers) >= len(found)
+    for buffer, size in buffers:
+        assert (buffer[:FENCE] == 7).all()
+        assert (buffer[FENCE + size :] == 7).all()
+
+
+@pytest.mark.parametrize("op", FACES, ids=lambda op: op.name)
+def test_nothing_comes_of_nothing(op: Op) -> None:
+    """Inputs whose batch is empty."""
+    first = prepared(op, samples(op.name)[0], torch.float16)
+    batch = tensors(first)[0].shape[0]
+    empty = mapped(first, lambda x: x[:0] if x.shape[0] == batch else x)
+    for mine, other in zip(launched(op, empty), outputs(op.reference, empty), strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        assert mine.numel() == 0
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_types_are_right(name: str, dtype: torch.dtype) -> None:
+    op, args = MIXED[name](dtype)
+    sample = mapped(Sample(args), lambda x: x.to(DEVICE))
+    assert_right(op, sample, launched(op, sample))
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_kept_in_float32(name: str, dtype: torch.dtype) -> None:
+    op, args = SUMS[name](dtype)
+    sample = mapped(Sample(args), lambda x: x.to(DEVICE))
+    normed, total = launched(op, sample)
+    assert torch.equal(total, sample.args[0].float() + sample.args[1].float())
+    assert_right(op, sample, [normed, total])
 
 
 def test_the_check_tells_right_from_wrong() -> None:

@@ -1,0 +1,160 @@
+"""Calls at sizes that models have, of every Triton kernel that is bound by memory.
+
+The tests compile them for GPUs that are not there; ``python -m bench kernels`` measures them on one that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt.ir.op import OPS, Cost, TritonFace
+from graphopt.kernels import _aten
+from graphopt.kernels._shape import nbytes
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Args:
+        kernel: of the op, or of the ATen call, whose face is launched.
+        shape: what the sizes are, in words.
+        make: the arguments, random, from a device and a dtype.
+    """
+
+    kernel: str
+    shape: str
+    make: Callable[[torch.device, torch.dtype], tuple[Any, ...]]
+
+    @property
+    def face(self) -> TritonFace:
+        """The launcher that is measured."""
+        found = _ATEN[self.kernel][1] if self.kernel in _ATEN else OPS[self.kernel].triton
+        assert found is not None
+        return found
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The same in plain torch."""
+        return _ATEN[self.kernel][0] if self.kernel in _ATEN else OPS[self.kernel].reference
+
+    def cost(self, args: tuple[Any, ...]) -> Cost:
+        """What the call must move at least; for ATen's, inputs and one result like the first input."""
+        if self.kernel in _ATEN:
+            return Cost(0.0, nbytes(*(x for x in args if isinstance(x, Tensor)), args[0]))
+        return OPS[self.kernel].cost(*args)
+
+
+_ATEN = {
+    overload.overloadpacket.__name__: (overload, _aten.FACES[overload])
+    for overload in (aten.layer_norm.default, aten.softmax.int)
+}
+
+
+def cases() -> Iterator[Case]:
+    """All of them, small sizes first."""
+    yield from _norms()
+    yield from _pointwise()
+    yield from _others()
+
+
+def _norms() -> Iterator[Case]:
+    for rows, features in ((128, 768), (1024, 768), (12608, 768), (65536, 768), (16384, 4096)):
+
+        def norm(device: torch.device, dtype: torch.dtype, size: tuple[int, int] = (rows, features)) -> Any:
+            x = torch.randn(size, device=device).to(dtype)
+            weight, bias = (torch.randn(size[1], device=device).to(dtype) for _ in range(2))
+            return x, weight, bias
+
+        def layer(*where: Any, norm: Any = norm) -> Any:
+            x, weight, bias = norm(*where)
+            return x, [x.shape[1]], weight, bias, 1e-12
+
+        def add_layer(*where: Any, norm: Any = norm) -> Any:
+            x, weight, bias = norm(*where)
+            return x, norm(*where)[0], weight, bias, 1e-12
+
+        def rms(*where: Any, norm: Any = norm) -> Any:
+            return (*norm(*where)[:2], 1e-6)
+
+        def add_rms(*where: Any, norm: Any = norm) -> Any:
+            x, weight, _ = norm(*where)
+            return x, norm(*where)[0], weight, 1e-6
+
+        of = f"{rows}x{features}"
+        yield Case("layer_norm", of, layer)
+        yield Case("add_layer_norm", of, add_layer)
+        yield Case("rms_norm", of, rms)
+        yield Case("add_rms_norm", of, add_rms)
+
+
+def _pointwise() -> Iterator[Case]:
+    def biased(rows: int, features: int) -> Callable[..., Any]:
+        def make(device: torch.device, dtype: torch.dtype) -> Any:
+            inputs = [torch.randn(size, device=device).to(dtype) for size in ((rows, features), (features,))]
+            return inputs, "%2 = add(%0, %1)\n%3 = gelu(%2, 1.0)"
+
+        return make
+
+    def gated(rows: int, features: int) -> Callable[..., Any]:
+        def make(device: torch.device, dtype: torch.dtype) -> Any:
+            inputs = [torch.randn(rows, features, device=device).to(dtype) for _ in range(2)]
+            return inputs, "%2 = silu(%0, 1.0)\n%3 = mul(%2, %1)"
+
+        return make
+
+    for rows in (128, 1024, 16384):
+        yield Case("pointwise", f"bias and GELU, {rows}x3072", biased(rows, 3072))
+    for rows in (1, 8192):
+        yield Case("pointwise", f"SiLU gate, {rows}x14336", gated(rows, 14336))
+    for rows in (257, 64 * 257):
+        yield Case(
+            "quick_gelu", f"{rows}x4096", lambda d, t, rows=rows: (torch.randn(rows, 4096, device=d).to(t),)
+        )
+
+
+def _others() -> Iterator[Case]:
+    for batch, length in ((1, 128), (32, 128), (64, 512)):
+
+        def embedded(
+            device: torch.device, dtype: torch.dtype, size: tuple[int, int] = (batch, length)
+        ) -> Any:
+            words, positions, types = (torch.randn(n, 768, device=device).to(dtype) for n in (30522, 512, 2))
+            ids = torch.randint(30522, size, device=device)
+            rest = (torch.arange(size[1], device=device)[None], positions, torch.zeros_like(ids), types)
+            return ids, words, *rest, positions[0].clone(), positions[1].clone(), 1e-12
+
+        yield Case("embedding_layer_norm", f"{batch}x{length}x768", embedded)
+
+        def pooled(device: torch.device, dtype: torch.dtype, size: tuple[int, int] = (batch, length)) -> Any:
+            mask = torch.rand(size, device=device) < 0.7
+            return torch.randn(*size, 768, device=device).to(dtype), mask, 1e-9
+
+        yield Case("masked_mean_pool", f"{batch}x{length}x768", pooled)
+    for shape in ((12, 128, 128), (64, 12, 197, 197), (32, 12, 512, 512)):
+        make = lambda d, t, shape=shape: (torch.randn(shape, device=d).to(t), -1)  # noqa: E731
+        yield Case("softmax", "x".join(map(str, shape)), make)
+    for size in ((1, 1, 32, 128), (1, 128, 32, 128), (4, 4096, 32, 128)):
+        for interleaved in (False, True):
+
+            def roped(
+                device: torch.device, dtype: torch.dtype, size: Any = size, interleaved: bool = interleaved
+            ) -> Any:
+                cos, sin = (torch.rand(1, size[1], size[3] // 2, device=device).to(dtype) for _ in range(2))
+                return torch.randn(size, device=device).to(dtype), cos, sin, interleaved
+
+            yield Case("rope", "x".join(map(str, size)) + " interleaved" * interleaved, roped)
+    for size in ((2, 1280, 16, 16), (2, 320, 64, 64), (4, 128, 512, 512)):
+
+        def grouped(device: torch.device, dtype: torch.dtype, size: Any = size) -> Any:
+            weight, bias = (torch.randn(size[1], device=device).to(dtype) for _ in range(2))
+            return torch.randn(size, device=device).to(dtype), 32, weight, bias
+
+        yield Case("group_norm_silu", "x".join(map(str, size)), grouped)

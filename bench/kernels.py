@@ -1,0 +1,193 @@
+"""``python -m bench kernels``: the memory-bound Triton kernels beside ATen, Inductor and the roofline.
+
+All sides of a case run in one process, in CUDA graphs replayed in turn. Warm, a graph calls one set of
+arguments again and again, so that small ones stay in the L2 cache; cold, it goes through copies of them that
+together are four times that cache. The roofline is what a copy of 1 GiB moves, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.kernel_cases import Case, cases
+from bench import RESULTS
+from graphopt.compiler.compare import worst_error
+from graphopt.compiler.evaluate import widen
+from graphopt.kernels._triton import prefetched_weights
+from graphopt.kernels._tuning import tune
+from graphopt.observe.machine import commit
+from graphopt.observe.snapshot import versions
+
+Thunk = Callable[[], Any]
+ROUNDS, LEAST_CALLS, MOST_CALLS, MOST_BYTES = 15, 20, 200, 2**33
+SIDES = ("triton", "eager", "inductor", "triton again")
+
+
+def run(only: str, against: Sequence[str], tuned: bool, record: bool) -> None:
+    """Measure in float16, print, and record rows under ``bench/results``.
+
+    Args:
+        only: cases whose kernel or shape contains this.
+        against: which of "eager", which is ATen, and "inductor" to measure beside.
+        tuned: whether the kernels' configurations are measured first; else the heuristics choose.
+        record: whether rows are written.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench kernels needs a CUDA GPU")
+    peak = copy_bandwidth()
+    wanted = [case for case in cases() if only in f"{case.kernel} {case.shape}"]
+    facts = {
+        "roofline_TBps": round(peak / 1e12, 3),
+        "device": torch.cuda.get_device_name(),
+        "tuned": tuned,
+        "versions": versions(),
+        "commit": commit(RESULTS),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m bench kernels" + " --tune" * tuned,
+    }
+    rows = [
+        {**measure(case, torch.float16, peak, against, tuned), **facts} for case in track(wanted, "kernels")
+    ]
+    _print(rows)
+    if record:
+        _record(rows)
+
+
+def measure(
+    case: Case, dtype: torch.dtype, peak: float, against: Sequence[str], tuned: bool
+) -> dict[str, Any]:
+    """One row: microseconds by side, cold and warm, bytes, the share of the roofline, and errors by side."""
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    args = case.make(device, dtype)
+    reason = case.face.refuses(*args)
+    if reason is not None:
+        raise SystemExit(f"{case.kernel} {case.shape}: {reason}")
+    changed = tune(case.face.launch, *args, again=True) if tuned else []
+    peers = {
+        "eager": case.reference,
+        "inductor": torch.compile(case.reference, dynamic=False, fullgraph=True),
+    }
+    sides: dict[str, Callable[..., Any]] = {
+        "triton": case.face.launch,
+        **{peer: call for peer, call in peers.items() if peer in against},
+        "triton again": case.face.launch,
+    }
+    exact = case.reference(*widen(args))
+    errors = {side: worst_error(_outputs(call(*args)), _outputs(exact)) for side, call in sides.items()}
+    moved = case.cost(args).bytes
+    sets = _copies(args, moved)
+    with prefetched_weights():
+        cold = interleaved([_calls(call, sets) for call in sides.values()])
+        warm = interleaved([_calls(call, [args]) for call in sides.values()])
+    best = {result.kernel: result.config.options for result in changed}
+    return {
+        "kernel": case.kernel,
+        "shape": case.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "us": {side: round(us, 3) for side, us in zip(sides, cold, strict=True)},
+        "us_warm": {side: round(us, 3) for side, us in zip(sides, warm, strict=True)},
+        "bytes": int(moved),
+        "roofline_percent": {
+            side: round(100 * moved / (us * 1e-6 * peak), 1) for side, us in zip(sides, cold, strict=True)
+        },
+        "error": errors,
+        "configuration": best,
+    }
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a pass over 1 GiB reads and writes, a copy's or an elementwise kernel's."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    calls = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / (1e-6 * min(interleaved([[call] * 4 for call in calls])))
+
+
+def interleaved(sides: Sequence[Sequence[Thunk]]) -> list[float]:
+    """Median microseconds of a call of each side: a CUDA graph a side, replayed A B C, C B A."""
+    graphs = [_captured(calls) for calls in sides]
+    samples: list[list[float]] = [[] for _ in sides]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(ROUNDS):
+        for place in (*range(len(sides)), *reversed(range(len(sides)))):
+            start.record()
+            graphs[place][0].replay()
+            end.record()
+            end.synchronize()
+            samples[place].append(1e3 * start.elapsed_time(end) / len(sides[place]))
+    return [statistics.median(sample) for sample in samples]
+
+
+def _captured(calls: Sequence[Thunk]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """The graph, and the results of its calls, which must not share memory: they would stay in the cache."""
+    for _ in range(3):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, results
+
+
+def _calls(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> list[Thunk]:
+    """At least ``LEAST_CALLS`` of them, going round the sets of arguments."""
+    count = max(len(sets), LEAST_CALLS // len(sets) * len(sets))
+
+    def bound(args: tuple[Any, ...]) -> Thunk:
+        return lambda: call(*args)
+
+    return [bound(sets[i % len(sets)]) for i in range(count)]
+
+
+def _copies(args: tuple[Any, ...], moved: float) -> list[tuple[Any, ...]]:
+    """Sets of arguments that together move four times the L2 cache, in at most ``MOST_BYTES`` of memory."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    held = sum(x.nbytes for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+    count = max(min(math.ceil(4 * cache / moved), MOST_CALLS, MOST_BYTES // held), 2)
+    return [pytree.tree_map_only(torch.Tensor, torch.clone, args) for _ in range(count)]
+
+
+def _outputs(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def _record(rows: list[dict[str, Any]]) -> None:
+    """One JSON line a case and dtype; one measured again on that device takes its old row's place."""
+    path = RESULTS / "kernels.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {_identity(row) for row in rows}
+    kept = [row for row in old if _identity(row) not in new]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *rows)))
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["device"], row["kernel"], row["shape"], row["dtype"]
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    times = [f"{side} us" for side in SIDES]
+    table = Table("kernel", "shape", *times, "warm", "%", "configuration")
+    for row in rows:
+        warm = ", ".join(f"{us:.2f}" for us in row["us_warm"].values())
+        times = [f"{row['us'].get(side, math.nan):.2f}" for side in SIDES]
+        options = [str(number) for found in row["configuration"].values() for number in found.values()]
+        share = f"{row['roofline_percent']['triton']:.0f}"
+        table.add_row(row["kernel"], row["shape"], *times, warm, share, " ".join(options))
+    Console(width=180).print(table)

@@ -1,0 +1,166 @@
+"""Triton launchers for calls that stay ATen's: what a graph has beside graphopt's own ops.
+
+``FACES`` maps an overload to its launcher and refusals, which take the overload's own arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphopt.ir.op import TritonFace, op_of
+from graphopt.kernels import pointwise, rms_norm
+from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
+
+aten = torch.ops.aten
+
+
+# aten.layer_norm: (x - mean) / sqrt(var + eps) * weight + bias over the last dimensions
+
+
+@jit
+def _layer_norm_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    stride_xr,
+    eps,
+    D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
+    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    normed = centred_and_scaled(x, seen, D, eps)
+    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    out = x.new_empty(x.shape)
+    x_RD = as_rows(x if len(normalized_shape) == 1 else x.flatten(-len(normalized_shape)))
+    rows, features = x_RD.shape
+    weight_D, bias_D = (x if v is None else v.contiguous() for v in (weight, bias))
+    given = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
+    key = (rows, features, x.dtype, weight_D.dtype, *given.values())
+    config = choose(_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, x_RD, weight_D, bias_D, rows, x_RD.stride(0), eps)
+    launch(_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    return out
+
+
+def _layer_norm_refuses(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> str | None:
+    return refuse(x, weight, bias) or refuse_row(math.prod(normalized_shape))
+
+
+# aten.rms_norm: graphopt's own, but that eps has a default
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return rms_norm.TRITON.launch(x, weight, eps)
+
+
+def _rms_norm_refuses(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> str | None:
+    if len(normalized_shape) != 1:
+        return f"the norm is over {len(normalized_shape)} dimensions"
+    if weight is not None and weight.dtype != x.dtype:
+        return f"weight is {weight.dtype}, but x is {x.dtype}"
+    return rms_norm.TRITON.refuses(x, weight, 0.0)
+
+
+# aten.softmax: exp(x - max(x)) / sum(exp(x - max(x))) over the last dimension
+
+
+@jit
+def _softmax_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    rows,
+    stride_xr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=-float("inf")).to(tl.float32)
+    power = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    out = power / tl.sum(power, axis=1, keep_dims=True)
+    tl.store(row_pointers(out_ptr, row, column, D), out, mask=seen)
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    out = x.new_empty(x.shape, dtype=dtype)
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    key = (rows, features, x.dtype, out.dtype)
+    config = choose(_softmax_kernel, x.device, key, row_configs(rows, features, x.device))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, x_RD, rows, x_RD.stride(0))
+    launch(_softmax_kernel, grid, *args, D=features, **config.options)
+    return out
+
+
+def _softmax_refuses(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> str | None:
+    if x.dim() == 0 or dim not in (-1, x.dim() - 1):
+        return "the softmax is not over the last dimension"
+    if not x.is_floating_point() or dtype == torch.float64:
+        return f"the softmax is of {x.dtype} in {dtype}"
+    return refuse(x) or refuse_row(x.shape[-1])
+
+
+_GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
+FACES: dict[Any, TritonFace] = {
+    aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
+    aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
+    aten.softmax.int: TritonFace(_softmax, _softmax_refuses),
+    aten.gelu.default: pointwise.unary(lambda x, approximate="none": _GELU[approximate]),
+    aten.silu.default: pointwise.unary(lambda x: "silu(%0, 1.0)"),
+}
+
+
+def triton_face(target: Any) -> TritonFace | None:
+    """The kernels for a node's target, one of graphopt's ops or ATen's; None where there are none."""
+    op = op_of(target)
+    return op.triton if op is not None else FACES.get(target)

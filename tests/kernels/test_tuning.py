@@ -1,0 +1,187 @@
+"""Configurations: the heuristic's until tuned, then kept on disk for just those circumstances."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphopt.kernels import _tuning
+from graphopt.kernels._triton import launch
+from graphopt.kernels._tuning import Config, cache_folder, choose, tune
+
+CPU = torch.device("cpu")
+SLOW, FAST, BROKEN = Config({"BLOCK": 1}), Config({"BLOCK": 2}, 8, 3), Config({"BLOCK": 3})
+
+
+class Kernel:
+    """A stand-in that remembers what it was launched with, and refuses one configuration."""
+
+    __name__ = "_toy_kernel"
+
+    def __init__(self, source: str = "one") -> None:
+        self.cache_key = source
+        self.launched: list[int] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(x: torch.Tensor, **options: Any) -> None:
+            if options["BLOCK"] == 3:
+                raise RuntimeError("out of resources: shared memory\nRequired: lots")
+            self.launched.append(options["BLOCK"])
+
+        return run
+
+
+def launcher(
+    kernel: Kernel, candidates: Sequence[Config] = (SLOW, FAST, BROKEN), key: Any = 7
+) -> Callable[..., None]:
+    def run(x: torch.Tensor) -> None:
+        launch(kernel, (1,), x, **choose(kernel, x.device, (key, x.dtype), candidates).options)
+
+    return run
+
+
+def timed(kernel: Kernel) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:
+    """A timer that finds every larger block faster."""
+
+    def timer(thunks: Sequence[Callable[[], Any]]) -> list[float]:
+        found = []
+        for thunk in thunks:
+            thunk()
+            found.append(10.0 / kernel.launched[-1])
+        return found
+
+    return timer
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
+    forget(monkeypatch)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process knows: only what is on disk."""
+    monkeypatch.setattr(_tuning, "_known", {})
+
+
+def files() -> list[Path]:
+    return sorted((cache_folder() / "tuning").glob("*"))
+
+
+X = torch.ones(3)
+
+
+def test_the_heuristic_chooses_and_nothing_is_measured_unasked() -> None:
+    kernel = Kernel()
+    launcher(kernel)(X)
+    assert kernel.launched == [1]
+    assert files() == []
+
+
+def test_the_fastest_is_kept_for_this_process_and_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    (found,) = tune(launcher(kernel), X, timer=timed(kernel))
+    assert (found.kernel, found.config, found.us) == ("_toy_kernel", FAST, [10.0, 5.0, None])
+    assert found.failures == {2: "RuntimeError: out of resources: shared memory"}
+    launcher(kernel)(X)
+    forget(monkeypatch)
+    launcher(kernel)(X)
+    assert kernel.launched[-2:] == [2, 2]
+    assert [path.suffix for path in files()] == [".json"]
+
+
+def test_what_is_known_is_not_measured_again_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    tune(launcher(kernel), X, timer=timed(kernel))
+    forget(monkeypatch)
+    assert tune(launcher(kernel), X, timer=timed(kernel)) == []
+    assert len(tune(launcher(kernel), X, timer=timed(kernel), again=True)) == 1
+
+
+def test_a_heuristic_that_fails_does_not_end_the_tuning() -> None:
+    kernel = Kernel()
+    (found,) = tune(launcher(kernel, (BROKEN, SLOW)), X, timer=timed(kernel))
+    assert found.config == SLOW
+
+
+def test_a_kernel_without_a_candidate_that_runs_says_why() -> None:
+    kernel = Kernel()
+    with pytest.raises(RuntimeError, match=r"_toy_kernel: no configuration runs at .*out of resources"):
+        tune(launcher(kernel, (BROKEN,)), X, timer=timed(kernel))
+    assert files() == []
+
+
+@pytest.mark.parametrize("other", ["key", "dtype", "source", "torch"])
+def test_another_circumstance_is_another_measurement(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel()
+    tune(launcher(kernel), X, timer=timed(kernel))
+    forget(monkeypatch)
+    if other == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    changed = Kernel("two" if other == "source" else "one")
+    run = launcher(changed, key=8 if other == "key" else 7)
+    run(X.half() if other == "dtype" else X)
+    assert changed.launched == [1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"for": {}}', "for", "tiles", "warps"],
+    ids=["empty", "half written", "a list", "another's", "no config", "no tiles", "text for warps"],
+)
+def test_a_file_that_cannot_be_read_is_said_and_measured_again(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel()
+    tune(launcher(kernel), X, timer=timed(kernel))
+    (path,) = files()
+    whole = json.loads(path.read_text())
+    damaged = {
+        "for": {"for": whole["for"]},
+        "tiles": {**whole, "config": {"tiles": 3}},
+        "warps": {**whole, "config": {**whole["config"], "num_warps": "8"}},
+    }
+    path.write_text(json.dumps(damaged[text]) if text in damaged else text)
+    forget(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="passed over, tune again"):
+        launcher(kernel)(X)
+    assert kernel.launched[-1] == 1
+    tune(launcher(kernel), X, timer=timed(kernel))
+    forget(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launcher(kernel)(X)
+    assert kernel.launched[-1] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "file"))
+    kernel = Kernel()
+    with pytest.warns(RuntimeWarning, match=r"passed over|cannot be written, the tuning lasts this process"):
+        tune(launcher(kernel), X, timer=timed(kernel))
+    launcher(kernel)(X)
+    assert kernel.launched[-1] == 2
+
+
+def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("GRAPHOPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "graphopt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "somebody")
+    assert cache_folder() == tmp_path / "somebody" / ".cache" / "graphopt"
+
+
+@pytest.mark.gpu
+def test_candidates_are_timed_on_the_gpu() -> None:
+    x = torch.randn(2**24, device="cuda")
+    short, long = _tuning.interleaved([x[:1024].neg, x.neg])
+    assert 0 < short < long
