@@ -81,3 +81,23 @@ def softplus(x):  # type: ignore[no-untyped-def]
     sum_ = 1 + power
     small = tl.where(sum_ == 1, power, tl.log(sum_) * (power / tl.where(sum_ == 1, 1.0, sum_ - 1)))
     return tl.where(x > 0, x, 0.0) + small
+
+
+@jit
+def gelu_to_half(x):  # type: ignore[no-untyped-def]
+    """x * Phi(x) for a result in half precision: to 6e-7 absolute and, below zero, 5e-6 relative.
+
+    The logarithm of Phi(-a) is nearly a parabola, so a polynomial of degree 7 will do, fitted to it on
+    [0, 5.5] for the least largest difference, 4.5e-6. Its last coefficient is below zero: it goes on falling.
+    The error function has twice as many instructions, and made the product of (4096, 768) and (3072, 768)
+    53.9 us long where this makes it 39.2 us (H100, float16).
+    """
+    a = tl.minimum(tl.abs(x), 16.0)
+    q = -1.79345498e-06 * a + 6.09041652e-05
+    q = q * a - 9.26028923e-04
+    q = q * a + 8.49375669e-03
+    q = q * a - 5.39378441e-02
+    q = q * a - 4.58480511e-01
+    q = q * a - 1.15124683
+    q = q * a - 0.999995465
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(q)

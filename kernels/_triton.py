@@ -59,6 +59,7 @@ __all__ = [
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 OLDEST = (8, 0)  # compute capability of the first GPU with bfloat16 and asynchronous copies
 WITH_PDL = (9, 0)
+_INTERPRETED = None if tl is None else tl.constexpr(INTERPRETED)  # as a kernel may read it
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
 _prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=False)
@@ -193,6 +194,15 @@ def processors(device: torch.device) -> int:
     return count
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H100's for what is no GPU."""
+    if device.type != "cuda":
+        return 232448
+    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return most
+
+
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension lies together in memory, else a contiguous copy."""
     return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -230,3 +240,11 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
     """After the weights are read, and before anything else is read or written."""
     if PDL == 2:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def dot(a, b, acc):  # type: ignore[no-untyped-def]
+    """a @ b + acc, summed in float32, and of float32 not rounded to TF32; the interpreter has no bfloat16."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -25,8 +25,9 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._attention_onnx import additive_mask, full_mask, written_out
+from graphopt.kernels._attention_triton import attend, refuse_heads
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 
@@ -198,6 +199,19 @@ def _cost(
     return Cost(flops=2.0 * B * H * S * T * (D + E), bytes=nbytes(query, key, value, mask) + out)
 
 
+def _refuses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
+) -> str | None:
+    return refuse_heads(query, key, value, mask)
+
+
 def _onnx(
     query: Value,
     key: Value,
@@ -324,4 +338,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((query, key, value), {"softcap": 0.0}, match="softcap must be above zero")
 
 
-OP = register(Op("attention", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+FACE = TritonFace(attend, _refuses)
+OP = register(Op("attention", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, FACE))

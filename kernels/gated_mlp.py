@@ -16,9 +16,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.kernels._linear_configs import FEW_ROWS, Chip, gated_configs
+from graphopt.kernels._linear_triton import epilogue, prefetch_weights, refuse_product, tile_of, with_bias
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._triton import (
+    as_rows,
+    dot,
+    jit,
+    launch,
+    processors,
+    shared_memory,
+    tl,
+    triton,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import choose
 
 SCHEMA = (
     "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias=None, Tensor? up_bias=None,"
@@ -111,6 +126,104 @@ def _cost(
     )
 
 
+@jit
+def _gated_mlp_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_gn,
+    stride_gk,
+    stride_un,
+    stride_uk,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PDL == 2 and PREFETCH:
+        prefetch_weights(gate_ptr, columns % N, stride_gn, 0, K, BLOCK_K)
+        prefetch_weights(up_ptr, columns % N, stride_un, 0, K, BLOCK_K)
+    wait_for_inputs(PDL)
+    # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
+    ks = tl.arange(0, BLOCK_K)
+    row, column = (rows % M).to(tl.int64)[:, None], (columns % N).to(tl.int64)[None, :]
+    x_ptrs = x_ptr + row * stride_xm + ks[None, :]
+    gate_ptrs = gate_ptr + column * stride_gn + ks[:, None] * stride_gk
+    up_ptrs = up_ptr + column * stride_un + ks[:, None] * stride_uk
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, gate_weight, up_weight = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
+        else:
+            left = k + ks < K
+            x = tl.load(x_ptrs, mask=left[None, :], other=0.0)
+            gate_weight = tl.load(gate_ptrs, mask=left[:, None], other=0.0)
+            up_weight = tl.load(up_ptrs, mask=left[:, None], other=0.0)
+        gate = dot(x, gate_weight, gate)
+        up = dot(x, up_weight, up)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K * stride_gk
+        up_ptrs += BLOCK_K * stride_uk
+    gate = epilogue(with_bias(gate, gate_bias_ptr, columns, N), 1.0, ACTIVATION)
+    out = gate * with_bias(up, up_bias_ptr, columns, N)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    x_MK, N = as_rows(x), gate_weight.shape[0]
+    M, K = x_MK.shape
+    out = x.new_empty(*x.shape[:-1], N)
+    weights = gate_weight, up_weight
+    together = all(w.stride(1) == 1 for w in weights)
+    key = M, N, K, x.dtype, together
+    chip = Chip(processors(x.device), shared_memory(x.device))
+    config = choose(_gated_mlp_kernel, x.device, key, gated_configs(M, x.element_size(), chip))
+    m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
+    biases = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
+    strides = x_MK.stride(0), *gate_weight.stride(), *up_weight.stride()
+    args = out, x_MK, *weights, *biases, M, N, K, *strides
+    constants = {"ACTIVATION": activation, "EVEN_K": K % k == 0, "PREFETCH": M <= FEW_ROWS and together}
+    grid = (triton.cdiv(M, m) * triton.cdiv(N, n),)
+    launch(_gated_mlp_kernel, grid, *args, **constants, **config.options)
+    return out
+
+
+def _refuses(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> str | None:
+    return refuse_product(x, gate_weight, up_weight, gate_bias, up_bias)
+
+
 def _onnx(
     x: Value,
     gate_weight: Value,
@@ -156,4 +269,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, weight, weight.double()), match="up_weight is torch.float64")
 
 
-OP = register(Op("gated_mlp", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+FACE = TritonFace(_launch, _refuses)
+OP = register(Op("gated_mlp", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, FACE))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._linear_triton import project, refuse_product
 from graphopt.kernels._onnx import Value, emit, linear, op, projection
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 
@@ -89,6 +90,17 @@ def _cost(
     )
 
 
+def _refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> str | None:
+    return refuse_product(x, weight, bias, residual)
+
+
 def _onnx(
     x: Value,
     weight: Value,
@@ -130,4 +142,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, weight, None, "relu", 1.0, x), match=r"residual \(2, 5, 12\) is not the result's")
 
 
-OP = register(Op("linear_activation", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+FACE = TritonFace(project, _refuses)  # with its first three arguments, that of aten.linear
+OP = register(Op("linear_activation", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, FACE))

@@ -1,0 +1,422 @@
+"""Attention in Triton without ever writing the scores: the kernel and the launchers that attention ops share.
+
+A program takes a block of queries of one head and walks over the keys with a running maximum and a running
+sum of the softmax.
+
+Sources: Milakov and Gimelshein, Online normalizer calculation for softmax (arXiv:1805.02867); Dao,
+FlashAttention-2 (arXiv:2307.08691), algorithm 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from graphopt.kernels._rows import power_of_two
+from graphopt.kernels._triton import (
+    dot,
+    jit,
+    last_contiguous,
+    launch,
+    processors,
+    refuse,
+    shared_memory,
+    tl,
+    triton,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config, choose
+
+WIDEST = 256  # features of a head: query, sums and a step's keys and values stay on a processor
+SWALLOWS = -1e30  # a fill below it leaves no weight beside any score
+
+
+@jit
+def _masked(  # type: ignore[no-untyped-def]
+    product,
+    mask_ptr,
+    s,
+    t,
+    S,
+    T,
+    stride_ms,
+    stride_mt,
+    scale,
+    softcap,
+    fill,
+    MASK: tl.constexpr,
+    MASK_PER_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FILLED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Scores, those that are forbidden filled. Only a cap, an added mask and a fill need them scaled here."""
+    if CAPPED:
+        product = softcap * (2 * tl.sigmoid(2 * scale / softcap * product) - 1)
+    elif MASK == 2 or FILLED:
+        product *= scale
+    forbidden = fill if FILLED else -float("inf")
+    if MASK > 0:
+        if MASK_PER_ROW:
+            ptrs = mask_ptr + s.to(tl.int64)[:, None] * stride_ms + t[None, :] * stride_mt
+            mask = tl.load(ptrs, mask=(s < S)[:, None] & (t < T)[None, :], other=0)
+        else:
+            mask = tl.load(mask_ptr + t * stride_mt, mask=t < T, other=0)[None, :]
+        if MASK == 2:
+            mask = mask.to(tl.float32)
+            product += mask
+            product = tl.where(mask > -float("inf"), product, forbidden)
+        else:
+            product = tl.where(mask != 0, product, forbidden)
+    if CAUSAL and (EDGE or FILLED):
+        product = tl.where(t[None, :] <= s[:, None], product, forbidden)
+    if EDGE:
+        product = tl.where((t < T)[None, :], product, -float("inf"))
+    return product
+
+
+@jit
+def _walk(  # type: ignore[no-untyped-def]
+    acc,
+    total,
+    highest,
+    query,
+    key_ptr,
+    value_ptr,
+    mask_ptr,
+    s,
+    first,
+    last,
+    S,
+    T,
+    stride_kt,
+    stride_vt,
+    stride_ms,
+    stride_mt,
+    scale,
+    softcap,
+    fill,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_PER_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FILLED: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Queries against the keys from ``first`` to ``last``; with EDGE, some may be past what is seen."""
+    SCALED: tl.constexpr = CAPPED or MASK == 2 or FILLED
+    factor = 1.4426950408889634 if SCALED else scale * 1.4426950408889634  # of the exponent, to base two
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    here = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    key_ptrs = key_ptr + here * stride_kt + d[None, :]
+    value_ptrs = value_ptr + here * stride_vt + e[None, :]
+    for start in tl.range(first, last, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        if EDGE:
+            key = tl.load(key_ptrs, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        elif BLOCK_D != D:
+            key = tl.load(key_ptrs, mask=(d < D)[None, :], other=0.0)
+        else:
+            key = tl.load(key_ptrs)
+        scores = dot(query, key.T, tl.zeros((query.shape[0], BLOCK_T), tl.float32))
+        scores = _masked(
+            scores, mask_ptr, s, t, S, T, stride_ms, stride_mt, scale, softcap, fill,
+            MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
+        )  # fmt: skip
+        highest_now = tl.maximum(highest, tl.max(scores, 1))
+        # Where all is forbidden so far the maximum is -inf, and -inf - -inf would be NaN.
+        base = tl.where(highest_now == -float("inf"), 0.0, highest_now) if MASK > 0 else highest_now
+        if SCALED:  # the difference first: the lowest number times log2(e) is -inf
+            weights = tl.exp2((scores - base[:, None]) * factor)
+        else:
+            weights = tl.exp2(scores * factor - (base * factor)[:, None])
+        shrink = tl.exp2((highest - base) * factor)
+        if EDGE:
+            value = tl.load(value_ptrs, mask=(t < T)[:, None] & (e < E)[None, :], other=0.0)
+        elif BLOCK_E != E:
+            value = tl.load(value_ptrs, mask=(e < E)[None, :], other=0.0)
+        else:
+            value = tl.load(value_ptrs)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = dot(weights.to(value.dtype), value, acc * shrink[:, None])
+        highest = highest_now
+        key_ptrs += BLOCK_T * stride_kt
+        value_ptrs += BLOCK_T * stride_vt
+    return acc, total, highest
+
+
+@jit
+def _zero_outside(  # type: ignore[no-untyped-def]
+    out_ptr,
+    offsets_ptr,
+    tokens,
+    sequences,
+    stride,
+    E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Zeros for the tokens of no sequence, shared out among the programs of a head."""
+    first, last = tl.load(offsets_ptr), tl.load(offsets_ptr + sequences)
+    e = tl.arange(0, BLOCK_E)[None, :]
+    for start in range(tl.program_id(0) * BLOCK_S, tokens, tl.num_programs(0) * BLOCK_S):
+        i = (start + tl.arange(0, BLOCK_S))[:, None]
+        outside = (i < first) | (i >= last)
+        zeros = tl.zeros((BLOCK_S, BLOCK_E), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + i.to(tl.int64) * stride + e, zeros, mask=outside & (i < tokens) & (e < E))
+
+
+@jit
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    mask_ptr,
+    offsets_ptr,
+    S,
+    T,
+    H,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_mt,
+    scale,
+    softcap,
+    fill,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_PER_ROW: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FILLED: tl.constexpr,
+    EMPTY_IS_NAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    block = tl.program_id(0)
+    if CAUSAL:  # the longest first
+        block = tl.num_programs(0) - 1 - block
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if offsets_ptr is not None:  # S tokens of T sequences one behind the other; one batch more for the others
+        begin = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch, T)), S).to(tl.int64)
+        end = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch + 1, T)), S).to(tl.int64)
+        if batch == T:
+            _zero_outside(out_ptr + head * E, offsets_ptr, S, T, H * E, E, BLOCK_S, BLOCK_E)
+        query_ptr += begin * stride_qs
+        key_ptr += begin * stride_kt
+        value_ptr += begin * stride_vt
+        out_ptr += begin * H * E
+        S = (end - begin).to(tl.int32)
+        T = S
+    else:
+        query_ptr += batch * stride_qb
+        key_ptr += batch * stride_kb
+        value_ptr += batch * stride_vb
+        out_ptr += batch * S * H * E
+    query_ptr += head * stride_qh
+    key_ptr += head // GROUP * stride_kh
+    value_ptr += head // GROUP * stride_vh
+    if MASK > 0:
+        mask_ptr += batch * stride_mb + head * stride_mh
+    s = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    query_ptrs = query_ptr + s.to(tl.int64)[:, None] * stride_qs + d[None, :]
+    query = tl.load(query_ptrs, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0)
+
+    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    highest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
+    last = T
+    inner = T // BLOCK_T * BLOCK_T
+    if block * BLOCK_S >= S:
+        last = 0
+    if CAUSAL and not FILLED:
+        last = tl.minimum(last, (block + 1) * BLOCK_S)
+        inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
+    inner = tl.minimum(inner, last)
+    acc, total, highest = _walk(
+        acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, 0, inner, S, T,
+        stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
+        D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, False,
+    )  # fmt: skip
+    acc, total, highest = _walk(
+        acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, inner, last, S, T,
+        stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
+        D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, True,
+    )  # fmt: skip
+    if MASK > 0 and not EMPTY_IS_NAN:  # a row without a key: zeros
+        total = tl.where(total == 0, 1.0, total)
+    out = acc / total[:, None]
+    out_ptrs = out_ptr + (s.to(tl.int64) * H + head)[:, None] * E + e[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(s < S)[:, None] & (e < E)[None, :])
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    fill: float | None = None,
+) -> torch.Tensor:
+    """The launcher of ``kernels/attention.py``: its arguments and result."""
+    (B, S, H, D), (T, K, E) = query.shape, value.shape[1:]
+    out = query.new_empty((B, S, H, E))
+    if T == 0:
+        return out.zero_()
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+    kind, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask_strides = mask.expand(B, H, S, T).stride()
+    elif fill is not None and (not is_causal or fill <= SWALLOWS):
+        fill = None  # nothing is forbidden, or causality alone leaves no row without a key
+    empty_is_nan = fill == -math.inf
+    flags = {
+        "MASK": kind,
+        "MASK_PER_ROW": mask_strides[2] != 0,
+        "CAUSAL": is_causal,
+        "CAPPED": softcap is not None,
+        "FILLED": fill is not None and not empty_is_nan,
+        "EMPTY_IS_NAN": empty_is_nan,
+    }
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags}
+    named = B, S, T, H, D, E, query.dtype, *flags.values()
+    candidates = _candidates(B * H, S, T, query, max(D, E))
+    config = choose(_attention_kernel, query.device, named, candidates)
+    numbers = D**-0.5 if scale is None else scale, softcap or 1.0, fill or 0.0
+    args = out, query, key, value, mask, None, S, T, H, *strides, *mask_strides, *map(float, numbers)
+    grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
+    launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
+    return out
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The launcher of ``kernels/packed_attention.py``: its arguments and result."""
+    (N, H, D), (K, E) = query.shape, value.shape[1:]
+    out = query.new_empty((N, H, E))
+    query, key, value = (last_contiguous(x) for x in (query, key, value))
+    strides = [stride for x in (query, key, value) for stride in (0, *x.stride()[:2])]
+    sequences = offsets.shape[0] - 1
+    named = N, sequences, longest, H, D, E, query.dtype, is_causal
+    candidates = _candidates(sequences * H, longest, longest, query, max(D, E))
+    config = choose(_attention_kernel, query.device, named, candidates)
+    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN"), 0)
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
+    numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
+    args = out, query, key, value, None, offsets.contiguous(), N, sequences, H, *strides, 0, 0, 0, 0, *numbers
+    grid = max(triton.cdiv(longest, config.tiles["BLOCK_S"]), 1), H, sequences + 1
+    launch(_attention_kernel, grid, *args, **constants, **config.options)
+    return out
+
+
+def _candidates(heads: int, S: int, T: int, query: torch.Tensor, width: int) -> tuple[Config, ...]:
+    device = query.device
+    return blocks(heads, S, T, width, query.element_size(), processors(device), shared_memory(device))
+
+
+def _padded(D: int, E: int) -> dict[str, int]:
+    """Features as blocks: powers of two, and no fewer than the tensor cores take."""
+    return {"BLOCK_D": max(16, power_of_two(D)), "BLOCK_E": max(16, power_of_two(E))}
+
+
+def refuse_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> str | None:
+    """Why no kernel here should take these arguments, or None."""
+    reason = refuse(query, key, value, mask)
+    if reason is None and query.dtype == torch.float32 and query.device.type == "cuda":
+        return "in float32 an exact product has no tensor cores, and TF32 is not exact"
+    width = max(query.shape[-1], value.shape[-1])
+    if reason is None and width > WIDEST:
+        return f"a head has {width} features, more than {WIDEST}"
+    return reason
+
+
+@functools.lru_cache(maxsize=1024)
+def blocks(
+    heads: int, S: int, T: int, width: int, itemsize: int, processors: int, shared: int
+) -> tuple[Config, ...]:
+    """How attention may be cut up, the likeliest first.
+
+    12 heads of 64 features, float16, in CUDA graphs on an H100: 1 x 128 tokens 3.0 us, flash attention 5.2;
+    8 x 128 4.1 us, flash 6.0, and with a mask of keys 4.5 us, cuDNN 13.1; 32 x 128 12.3 us, flash 17.8; 197
+    tokens 4.6 us, cuDNN 7.6; 64 x 197 50.0 us, flash 66.6, cuDNN 47.1; 32 x 512 80.5 us, flash 105, cuDNN 70.3.
+
+    Args:
+        heads: of all sequences together.
+        S: queries of a sequence.
+        T: keys of a sequence.
+        width: features of a head.
+        itemsize: bytes of an element.
+        processors: of the GPU.
+        shared: bytes of shared memory that a program may have.
+    """
+    if S <= 16:
+        found = [_blocks(16, 64, 2, 2), _blocks(16, 128, 4, 2), _blocks(16, 32, 1, 3)]
+    else:
+        found = [
+            _blocks(64, 64, 4, 3),
+            _blocks(64, 128, 4, 1),
+            _blocks(64, 32, 4, 3),
+            _blocks(128, 32, 4, 3),
+            _blocks(64, 64, 4, 2),
+            _blocks(128, 64, 8, 3),
+            _blocks(32, 128, 4, 1),
+        ]
+        programs = -(-S // 64) * heads
+        if T <= 128:
+            likely = 0 if programs <= processors else 1 if programs <= 4 * processors else 3
+        else:
+            likely = 2 if T <= 256 else 0
+        found.insert(0, found.pop(likely))
+    found += [_blocks(32, 32, 4, 2), _blocks(16, 16, 1, 1)]  # small enough for every GPU
+    return tuple(config for config in found if _shared(config, width, itemsize) <= shared)
+
+
+def _blocks(s: int, t: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_S": s, "BLOCK_T": t}, warps, stages)
+
+
+def _shared(config: Config, width: int, itemsize: int) -> int:
+    """Bytes of shared memory: the queries, the keys and values on their way, and the weights of a step."""
+    s, t = config.tiles["BLOCK_S"], config.tiles["BLOCK_T"]
+    kept = s * power_of_two(width) + 2 * t * power_of_two(width) * config.num_stages + s * t
+    return kept * itemsize + 1024

@@ -1,0 +1,168 @@
+"""Tiles for matrix products, chosen by shape.
+
+The times are of one H100, float16, in CUDA graphs of 8 or 24 launches that each wait for the one before, with
+weights of their own: 24 x 3.5 MB, more than the L2 cache holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from graphopt.kernels._tuning import Config
+
+FEW_ROWS = 256  # up to which a product waits for its weights more than for anything else
+RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
+DEEPEST = 384  # no part of the depth is cut to less
+MOST_PARTS = 8
+BY_CUBLAS = Config({"CUBLAS": 1})  # the product is cuBLAS's, and a kernel here finishes it
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What tiles must fit.
+
+    Args:
+        processors: that run programs.
+        shared: bytes of shared memory that a program may have.
+    """
+
+    processors: int
+    shared: int
+
+
+def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8) -> Config:
+    """A configuration of ``_linear_kernel``.
+
+    Args:
+        m: rows of a tile.
+        n: columns of a tile.
+        k: depth of one step.
+        warps: of a program.
+        stages: steps whose tiles are on their way at a time.
+        splits: parts that the depth is cut into, each summed by a program of its own.
+        group: row tiles that are walked through before the next column tile: they share its weights in L2.
+    """
+    cut = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "SPLITS": splits, "TMA": 0}
+    return Config(cut, warps, stages)
+
+
+def tma_tiles(
+    m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8, tma: int = RESIDENT
+) -> Config:
+    """A configuration of ``_linear_tma_kernel``, whose programs are RESIDENT or EACH tile's."""
+    found = tiles(m, n, k, warps, stages, splits, group)
+    return Config({**found.tiles, "TMA": tma}, warps, stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_configs(
+    M: int, N: int, K: int, itemsize: int, chip: Chip, tma: bool, then_summed: bool, finished: bool
+) -> tuple[Config, ...]:
+    """How a product may be cut up, the likeliest first.
+
+    Args:
+        M: rows of x.
+        N: rows of the weight.
+        K: columns of both.
+        itemsize: bytes of an element.
+        chip: what the tiles must fit.
+        tma: whether they may be moved by TMA.
+        then_summed: whether a kernel follows that adds up partial sums at no cost.
+        finished: whether the product alone is not all, so that cuBLAS's needs a kernel after it.
+    """
+    few = M <= FEW_ROWS
+    found = _few_rows(M, N, K, chip, tma, then_summed) if few else _many_rows(M, N, chip, tma)
+    found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
+    fitting = tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+    if not finished:
+        return fitting
+    # Many rows keep cuBLAS busier than the tiles here, and a norm reads the product from L2 either way.
+    return (BY_CUBLAS, *fitting) if then_summed and M >= 4096 else (*fitting, BY_CUBLAS)
+
+
+def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) -> tuple[Config, ...]:
+    """Deep steps, many on their way, and the depth cut where the tiles alone leave processors idle.
+
+    (128, 768) to 2304, 4.31 us, cuBLAS 5.31: 64x64x128, 6 stages. To 3072 with GELU, 4.92 us, cuBLAS and a
+    kernel for GELU 7.70: 4 stages. To 768, the norm included, 4.26 us, cuBLAS and the same norm 6.39: 2 parts.
+    (128, 3072) to 768 likewise, 6.45 us against 9.86: 4 parts.
+    """
+    m = 64 if M > 32 else 32 if M > 16 else 16
+    worth = then_summed or K >= 2048  # else the kernel that adds up takes longer than it saves
+    parts = _parts(-(-M // m) * -(-N // 64), K, chip) if worth else 1
+    narrow = _parts(-(-M // m) * -(-N // 32), K, chip) if worth else 1
+    by_pointer = (
+        tiles(m, 64, 128, 4, 4, parts),
+        tiles(m, 32, 128, 4, 4, narrow),
+        tiles(m, 64, 128, 4, 3, parts),
+        tiles(m, 32, 256, 4, 2, narrow),
+    )
+    if not tma:
+        return by_pointer
+    by_tma = (
+        tma_tiles(m, 64, 128, 4, 6 if parts == 1 else 4, parts, tma=EACH),
+        tma_tiles(m, 64, 256, 4, 3, parts, tma=EACH),
+        tma_tiles(m, 32, 256, 4, 3, narrow, tma=EACH),
+        tma_tiles(m, 64, 128, 4, 4 if parts == 1 else 6, parts, tma=EACH),
+    )
+    return by_tma + by_pointer[:2]
+
+
+def _parts(whole: int, K: int, chip: Chip) -> int:
+    """Parts of the depth so that as many programs as processors have work, and each enough of it."""
+    wanted = min(chip.processors // whole, K // DEEPEST, MOST_PARTS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
+    """The largest tile of which the last round of programs is not mostly idle; then the others.
+
+    (4096, 768) to 3072 with GELU, 39.0 us, cuBLAS and a kernel for GELU 54.0: 128x256. (1024, 768) to 768,
+    the norm included, 7.31 us, cuBLAS and the same norm 8.46: 64x128. The product alone cuBLAS makes faster:
+    (1024, 768) to 2304 in 8.9 us against 11.4, (4096, 768) to 2304 in 25.9 us against 30.0.
+    """
+    if not tma:
+        return (
+            tiles(128, 128, 64, 8, 3),
+            tiles(64, 128, 64, 4, 4),
+            tiles(128, 64, 64, 4, 3),
+            tiles(64, 64, 64, 4, 4),
+        )
+    found = [
+        tma_tiles(128, 256, 64, 8, 3),
+        tma_tiles(128, 128, 64, 4, 4),
+        tma_tiles(64, 128, 128, 4, 4),
+        tma_tiles(64, 256, 64, 4, 4),
+        tma_tiles(128, 128, 64, 8, 4),
+    ]
+    likely = next((c for c in found if _busy(c, M, N, chip) >= 0.7), found[2])
+    return (likely, *(config for config in found if config != likely))
+
+
+def _busy(config: Config, M: int, N: int, chip: Chip) -> float:
+    """The part of the processors' time that has a tile to work on."""
+    count = -(-M // config.tiles["BLOCK_M"]) * -(-N // config.tiles["BLOCK_N"])
+    return count / (-(-count // chip.processors) * chip.processors)
+
+
+@functools.lru_cache(maxsize=1024)
+def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
+    """How two products of the same rows may be cut up, the likeliest first; arguments as above."""
+    m = 64 if M > 32 else 32 if M > 16 else 16
+    few = ((m, 64, 128, 4, 3), (m, 32, 128, 4, 4), (m, 64, 64, 4, 4))
+    many = ((128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
+    small = ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2))
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    found = [
+        Config({**dict(zip(names, cut, strict=True)), "GROUP_M": 8}, warps, stages)
+        for *cut, warps, stages in (*(few if M <= FEW_ROWS else many), *small)
+    ]
+    return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
+
+
+def _shared(config: Config, itemsize: int, weights: int = 1) -> int:
+    """Bytes of shared memory: the tiles under way, and with TMA the finished one."""
+    m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
+    finished = m * n * itemsize if config.tiles.get("TMA") and config.tiles["SPLITS"] == 1 else 0
+    return (m + weights * n) * k * itemsize * config.num_stages + finished + 1024

@@ -1,0 +1,365 @@
+"""Matrix products with their epilogue in Triton: the kernels and launchers that several ops share.
+
+    out = act(x @ weight.T + bias) + residual
+
+Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those
+sums, and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
+
+Three kernels. ``_linear_kernel`` takes any strides. ``_linear_tma_kernel`` moves tiles with the tensor memory
+accelerator (TMA) of sm_90 and later, and its programs may stay on their processors from tile to tile. Where
+a product has too few tiles to fill the GPU both cut its depth K into parts, whose sums in float32 a third
+kernel adds in the order of their depth: the same bits in every run, unlike atomic additions in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.kernels._activations_triton import activate, gelu_to_half
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, Chip, linear_configs
+from graphopt.kernels._rows import power_of_two
+from graphopt.kernels._triton import (
+    as_rows,
+    capability,
+    dot,
+    jit,
+    launch,
+    processors,
+    refuse,
+    shared_memory,
+    tl,
+    triton,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config, choose
+
+if triton is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+WITH_TMA = (9, 0)
+
+
+@jit
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which tile a program makes: down GROUP_M row tiles, then on to the next column tile."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside = program % (GROUP_M * tiles_n)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@jit
+def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for rows of weights to be brought into L2, a cache line of 64 elements of two bytes at a time.
+
+    They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
+    """
+    lines = tl.arange(0, BLOCK_K // 64) * 64
+    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
+    for k in range(first, last, BLOCK_K):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [row_ptrs + tl.minimum(k + lines, last - 1)[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@jit
+def epilogue(acc, parameter, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of sums whose result is in half precision."""
+    return gelu_to_half(acc) if ACTIVATION == "gelu" else activate(acc, parameter, ACTIVATION)
+
+
+@jit
+def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):  # type: ignore[no-untyped-def]
+    if residual_ptr is not None:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        ptrs = residual_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :]
+        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return acc
+
+
+@jit
+def _linear_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    stride_wk,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    split = tl.program_id(1)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    first = split * depth
+    last = tl.minimum(first + depth, K)
+    if PDL == 2 and PREFETCH:
+        prefetch_weights(weight_ptr, columns % N, stride_wn, first, last, BLOCK_K)
+    wait_for_inputs(PDL)
+    # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_xm + (first + ks)[None, :]
+    weight_ptrs = (
+        weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        if EVEN_K:
+            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k + ks < last)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k + ks < last)[:, None], other=0.0)
+        acc = dot(x, weight, acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * stride_wk
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if SPLITS == 1:
+        acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+        acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+        tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        partial_ptr = out_ptr + split.to(tl.int64) * M * N
+        tl.store(partial_ptr + offsets, acc, mask=inside)
+
+
+@jit
+def _linear_tma_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    weight_ptr,
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    residual_ptr,
+    out_desc,
+    M,
+    N,
+    K,
+    stride_wn,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
+    if PDL == 2 and PREFETCH:
+        _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first = tl.program_id(0) // tiles * steps * BLOCK_K
+        columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
+        prefetch_weights(
+            weight_ptr, columns, stride_wn, first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K, 64
+        )
+    wait_for_inputs(PDL)
+    for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
+        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        split = part // tiles
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(steps):
+            k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
+            x = x_desc.load([row, k])
+            acc = dot(x, weight_desc.load([column, k]).T, acc)
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        if SPLITS == 1:
+            acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+            acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+            out_desc.store([row, column], acc.to(out_desc.dtype))
+        else:
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
+            tl.store(out_ptr + offsets, acc, mask=inside)
+
+
+@jit
+def _split_sum_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    partial_ptr,
+    bias_ptr,
+    residual_ptr,
+    M,
+    N,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], M.to(tl.int64) * N, SPLITS)
+    acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+    acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])
+
+
+@jit
+def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums over all parts of the depth, each of ``size`` elements, in the order of their depth."""
+    acc = tl.load(partial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(partial_ptr + split * size + offsets, mask=inside, other=0.0)
+    return acc
+
+
+def products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: Config,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The products of rows and weights: finished, or for another kernel to finish.
+
+    Args:
+        x: (M, K), the last dimension together in memory.
+        weight: (N, K), any strides; with TMA as ``takes_tma`` says, and x likewise.
+        config: of ``_linear_configs.py``.
+        bias: (N,), for finished products only, as are the following.
+        activation: a name in ``_activations.py``.
+        parameter: of the activation.
+        residual: (M, N), the last dimension together in memory.
+
+    Returns:
+        (M, N) of x's dtype, finished or by cuBLAS; or partial sums, (SPLITS, M, N) in float32.
+    """
+    if config == BY_CUBLAS:
+        return x @ weight.T
+    (M, K), N = x.shape, weight.shape[0]
+    constants = {"ACTIVATION": activation, **config.options}
+    tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
+    shape, dtype = ((M, N), x.dtype) if splits == 1 else ((splits, M, N), torch.float32)
+    out = x.new_empty(shape, dtype=dtype)
+    stride_rm = 0 if residual is None else residual.stride(0)
+    m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
+    constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
+    if tma:
+        parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n)
+        programs = parts if tma == EACH else min(parts, processors(x.device))
+        moved = described(x, m, k), described(weight, n, k)
+        result = described(out, m, n) if splits == 1 else None
+        args = out, weight, *moved, bias, residual, result, M, N, K, weight.stride(0), stride_rm, parameter
+        launch(_linear_tma_kernel, (programs,), *args, **constants)
+        return out
+    strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
+    constants["EVEN_K"] = K % (k * splits) == 0
+    args = x, weight, bias, residual, out, M, N, K, *strides, parameter
+    launch(_linear_kernel, (triton.cdiv(M, m) * triton.cdiv(N, n), splits), *args, **constants)
+    return out
+
+
+def described(x: torch.Tensor, *block: int) -> Any:
+    """A matrix as TMA sees it, block by block."""
+    return TensorDescriptor.from_tensor(x, list(block))
+
+
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The launcher of ``linear_activation``, and of ``aten.linear``: their arguments and result."""
+    x_MK = as_rows(x)
+    residual_MN = None if residual is None else as_rows(residual)
+    (M, _), N = x_MK.shape, weight.shape[0]
+    bias_N = None if bias is None else bias.contiguous()
+    finished = residual is not None or activation != "none"
+    config = chosen(x_MK, weight, finished=finished)
+    if config.tiles.get("SPLITS") == 1:
+        out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
+    else:
+        partial = products(x_MK, weight, config)
+        out = x.new_empty(M, N)
+        block = min(power_of_two(N), 1024)
+        stride = 0 if residual_MN is None else residual_MN.stride(0)
+        args = out, partial, bias_N, residual_MN, M, N, stride, parameter
+        cut = {"SPLITS": config.tiles.get("SPLITS", 1), "BLOCK_N": block}
+        launch(_split_sum_kernel, (M, triton.cdiv(N, block)), *args, ACTIVATION=activation, **cut)
+    return out.view(*x.shape[:-1], N)
+
+
+def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False) -> Config:
+    """The configuration for a product.
+
+    Args:
+        x: (M, K).
+        weight: (N, K).
+        finished: whether something is done to the product.
+        then_summed: whether by a kernel that adds up partial sums at no cost.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    tma = takes_tma(x, weight)
+    chip = Chip(processors(x.device), shared_memory(x.device))
+    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed
+    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished)
+    return choose(_linear_kernel, x.device, named, candidates)
+
+
+def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether TMA can move the tiles: sm_90, rows together and on 16 bytes, those of the result too."""
+    if capability(x.device) < WITH_TMA:
+        return False
+    addresses = [t.data_ptr() for t in (x, weight)] + [t.stride(0) * t.element_size() for t in (x, weight)]
+    together = all(t.stride(1) == 1 for t in (x, weight))
+    return together and not any(n % 16 for n in (*addresses, weight.shape[0] * x.element_size()))
+
+
+def refuse_product(x: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why no kernel here should take these factors and vectors, the rows first, or None."""
+    reason = refuse(x, *others)
+    if reason is None and x.dtype == torch.float32 and x.device.type == "cuda":
+        return "in float32 an exact product has no tensor cores, and TF32 is not exact: cuBLAS is as good"
+    if reason is None and x.shape[-1] == 0:
+        return "the product has no depth"
+    return reason

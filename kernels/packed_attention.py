@@ -1,0 +1,185 @@
+"""Attention within sequences that lie one behind the other, without the padding between them.
+
+    out[i, h, :] = sum_j softmax_j(scale * sum_d query[i, h, d] * key[j, h // (H // K), d]) * value[j, ...]
+
+where j runs over the tokens of i's sequence: ``offsets[b] <= j < offsets[b + 1]`` for the b that i lies in;
+with ``is_causal`` only over those with j <= i. Tokens in front of the first offset and behind the last are in
+no sequence and give zeros.
+
+Source: Dao, FlashAttention-2 (arXiv:2307.08691); the layout is that of its functions for variable length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.kernels._attention_triton import attend_packed, refuse_heads
+from graphopt.kernels._onnx import Value, emit, op
+from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+
+SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor offsets, SymInt longest, bool is_causal=False,"
+    " float? scale=None) -> Tensor"
+)
+
+
+def _shape(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The shape rule.
+
+    Args:
+        query: (N, H, D), the tokens of all sequences, floating.
+        key: (N, K, D), query's dtype; K divides H.
+        value: (N, K, E), query's dtype.
+        offsets: (B + 1,), int32, ascending: where each sequence begins, and where the last one ends.
+        longest: no sequence has more tokens; kernels leave out what lies beyond.
+        is_causal: whether a token sees only itself and those before it.
+        scale: the factor before the softmax, above zero; None is 1 / sqrt(D).
+
+    Returns:
+        An empty (N, H, E).
+
+    Raises:
+        ValueError: a rank, size, dtype or the scale does not fit.
+    """
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        require(
+            x.dim() == 3, f"packed_attention: {name} must be (tokens, heads, features), not {shape_of(x)}"
+        )
+    require_floating("packed_attention", query=query, key=key, value=value)
+    (N, H, D), K = query.shape, key.shape[1]
+    fits = key.shape[0] == N and key.shape[2] == D
+    require(fits, f"packed_attention: key {shape_of(key)} does not fit query {shape_of(query)}")
+    fits = value.shape[:2] == key.shape[:2]
+    require(fits, f"packed_attention: value {shape_of(value)} does not fit key {shape_of(key)}")
+    require(H % K == 0, f"packed_attention: {K} key heads do not divide {H} query heads")
+    fits = offsets.dim() == 1 and offsets.dtype == torch.int32
+    given = f"{shape_of(offsets)} {offsets.dtype}"
+    require(fits, f"packed_attention: offsets must be a vector of int32, not {given}")
+    require(scale is None or scale > 0, f"packed_attention: scale must be above zero, not {scale}")
+    return query.new_empty((N, H, value.shape[2]))
+
+
+def _same_sequence(offsets: torch.Tensor, N: int, is_causal: bool) -> torch.Tensor:
+    """(N, N): whether the first token sees the second."""
+    tokens = torch.arange(N, device=offsets.device)
+    sequence = torch.searchsorted(offsets.long(), tokens, right=True)  # 0 and B + 1 are no sequence
+    inside = (sequence > 0) & (sequence < offsets.shape[0])
+    seen = (sequence[:, None] == sequence[None, :]) & inside[:, None]
+    return seen & (tokens[None, :] <= tokens[:, None]) if is_causal else seen
+
+
+def _reference(
+    query_NHD: torch.Tensor,
+    key_NKD: torch.Tensor,
+    value_NKE: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    out_HNE = F.scaled_dot_product_attention(
+        query_NHD.transpose(0, 1)[None],
+        key_NKD.transpose(0, 1)[None],
+        value_NKE.transpose(0, 1)[None],
+        attn_mask=_same_sequence(offsets, query_NHD.shape[0], is_causal),
+        scale=scale,
+        enable_gqa=query_NHD.shape[1] != key_NKD.shape[1],
+    )[0]
+    return out_HNE.transpose(0, 1).contiguous()
+
+
+def _cost(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Cost:
+    """As if every token saw the longest sequence: nobody reads the offsets for this."""
+    (N, H, D), E = query.shape, value.shape[2]
+    out = N * H * E * query.element_size()
+    return Cost(flops=2.0 * N * H * int(longest) * (D + E), bytes=nbytes(query, key, value, offsets) + out)
+
+
+def _refuses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> str | None:
+    return refuse_heads(query, key, value)
+
+
+def _onnx(
+    query: Value,
+    key: Value,
+    value: Value,
+    offsets: Value,
+    longest: Value,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Any:
+    """Attention under a mask of blocks: ONNX Runtime's PackedMultiHeadAttention is for CUDA alone."""
+    tokens = op.Squeeze(op.Shape(query, start=0, end=1))
+    at = op.Range(op.Constant(value_int=0), tokens, op.Constant(value_int=1))
+    behind = op.GreaterOrEqual(op.Unsqueeze(at, [1]), op.Unsqueeze(op.Cast(offsets, to=7), [0]))
+    sequence = op.ReduceSum(op.Cast(behind, to=7), [1], keepdims=1)
+    after = op.Shape(offsets)  # the number of the sequence that would follow the last
+    inside = op.And(op.Greater(sequence, op.Constant(value_ints=[0])), op.Less(sequence, after))
+    seen = op.And(op.Equal(sequence, op.Transpose(sequence, perm=[1, 0])), inside)
+    if is_causal:
+        seen = op.And(seen, op.LessOrEqual(op.Unsqueeze(at, [0]), op.Unsqueeze(at, [1])))
+    heads_first = (op.Unsqueeze(op.Transpose(x, perm=[1, 0, 2]), [0]) for x in (query, key, value))
+    out = emit("Attention", *heads_first, op.Unsqueeze(seen, [0, 1]), domain="", version=23, scale=scale)
+    return op.Transpose(op.Squeeze(out, [0]), perm=[1, 0, 2])
+
+
+def _packed(
+    tokens: int, heads: int, kv_heads: int, d: int, e: int, *ends: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    query = torch.randn(tokens, heads, d), torch.randn(tokens, kv_heads, d), torch.randn(tokens, kv_heads, e)
+    longest = max(end - begin for begin, end in pairwise(ends))
+    return *query, torch.tensor(ends, dtype=torch.int32), longest
+
+
+def _samples() -> Iterator[Sample]:
+    yield Sample(_packed(19, 4, 4, 8, 8, 0, 7, 8, 19), label="three sequences")
+    yield Sample(_packed(19, 4, 4, 8, 8, 0, 7, 8, 19), {"is_causal": True}, label="causal")
+    yield Sample(_packed(21, 6, 2, 16, 8, 0, 5, 21), {"scale": 0.3}, label="grouped heads, narrower values")
+    yield Sample(_packed(23, 4, 4, 8, 8, 2, 9, 9, 17), label="tokens in no sequence, an empty sequence")
+    query, key, *rest = _packed(19, 4, 4, 8, 8, 0, 7, 19)
+    yield Sample((30 * query, 30 * key, *rest), label="large magnitudes")
+
+
+def _bad_samples() -> Iterator[BadSample]:
+    query, key, value, offsets, longest = _packed(19, 4, 4, 8, 8, 0, 7, 19)
+    yield BadSample((query[0], key, value, offsets, longest), match="query must be")
+    yield BadSample((query, key[..., :4], value, offsets, longest), match="does not fit query")
+    yield BadSample((query, key, value[:4], offsets, longest), match="does not fit key")
+    yield BadSample((query, key[:, :3], value[:, :3], offsets, longest), match="3 key heads do not divide 4")
+    yield BadSample((query, key, value, offsets.long(), longest), match="offsets must be a vector of int32")
+    yield BadSample((query, key, value, offsets, longest, False, -1.0), match="scale must be above zero")
+    yield BadSample((query, key.double(), value, offsets, longest), match="key is torch.float64")
+
+
+FACE = TritonFace(attend_packed, _refuses)
+OP = register(Op("packed_attention", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, FACE))

@@ -1,0 +1,137 @@
+"""Products in Triton, cut up in every way that a configuration can say; samples are too small for that."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from graphopt.kernels import _linear_triton, _triton
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, RESIDENT, Chip, linear_configs, tiles, tma_tiles
+from graphopt.kernels._linear_triton import products, project
+from graphopt.kernels._tuning import Config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TMA = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)  # the interpreter has it, too
+
+pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+needs_tma = pytest.mark.skipif(not HAS_TMA, reason="needs sm_90")
+
+
+def named(config: Config) -> str:
+    return " ".join(f"{name}={size}" for name, size in config.tiles.items())
+
+
+POINTERS = [tiles(16, 16, 16, 4, 2), tiles(16, 32, 32, 4, 2, group=1), tiles(32, 16, 64, 4, 3)]
+TMA = [
+    tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT),
+    tma_tiles(64, 16, 64, 4, 2, tma=EACH),
+]
+WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
+WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
+PARTS = [pytest.param(tiles(16, 32, 32, 4, 2, splits=s), id=f"{s} parts") for s in (2, 3, 7)]
+PARTS += [
+    pytest.param(tma_tiles(64, 32, 32, 4, 2, s, tma=EACH), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)
+]
+SIZES = [(5, 24, 40), (67, 104, 136)]  # no multiple of any tile, yet TMA's 16 bytes
+over_sizes = pytest.mark.parametrize(("M", "N", "K"), SIZES)
+over_halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def factors(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight = torch.randn(M, K), torch.randn(N, K) / K**0.5
+    return x.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+
+
+def assert_as_exact(mine: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor) -> None:
+    """Twice torch's error in the same dtype, or two ulp of the largest number."""
+    floor = 2 * torch.finfo(mine.dtype).eps * exact.abs().max().item()
+    allowed = max(2 * (torchs.double() - exact).abs().max().item(), floor)
+    assert (mine.double() - exact).abs().max().item() <= allowed
+
+
+@over_sizes
+@over_halves
+@pytest.mark.parametrize("config", WHOLE)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_a_finished_product(
+    config: Config, activation: str, M: int, N: int, K: int, dtype: torch.dtype
+) -> None:
+    x, weight = factors(M, N, K, dtype)
+    bias, residual = (torch.randn(size).to(DEVICE, dtype) for size in ((N,), (M, N)))
+    mine = products(x, weight, config, bias, activation, 1.0, residual)
+
+    def torchs(*given: torch.Tensor) -> torch.Tensor:
+        x, weight, bias, residual = given
+        out = F.linear(x, weight, bias)
+        return (F.gelu(out) if activation == "gelu" else out) + residual
+
+    given = x, weight, bias, residual
+    assert_as_exact(mine, torchs(*given), torchs(*(v.double() for v in given)))
+
+
+@over_sizes
+@over_halves
+@pytest.mark.parametrize("config", PARTS)
+def test_parts_of_the_depth_add_up(config: Config, M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    x, weight = factors(M, N, K, dtype)
+    parts = products(x, weight, config)
+    assert parts.shape == (config.tiles["SPLITS"], M, N)
+    assert parts.dtype == torch.float32
+    exact = x.double() @ weight.double().T
+    assert (parts.sum(0).double() - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert all(torch.equal(parts, products(x, weight, config)) for _ in range(2))
+
+
+@pytest.mark.parametrize("config", [*PARTS, pytest.param(BY_CUBLAS, id="cuBLAS")])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_a_launcher_finishes_what_was_cut(
+    config: Config, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_linear_triton, "choose", lambda *_: config)
+    x, weight = factors(66, 48, 72, torch.float16)
+    bias, residual = torch.randn(48).to(x), torch.randn(2, 33, 48).to(x)
+    mine = project(x.view(2, 33, 72), weight, bias, activation, 1.0, residual)
+    exact = F.linear(x.double(), weight.double(), bias.double()).view(2, 33, 48)
+    exact = (F.silu(exact) if activation == "silu" else exact) + residual.double()
+    assert_as_exact(mine, exact.half(), exact)
+
+
+def test_a_transposed_weight_is_read_as_it_is() -> None:
+    x, weight = factors(33, 24, 40, torch.float16)
+    transposed = weight.T.contiguous().T
+    assert transposed.stride() == (1, 24)
+    assert torch.equal(products(x, transposed, POINTERS[0]), products(x, weight, POINTERS[0]))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.linspace(-12, 12, 4097), torch.tensor([-math.inf, -1e30, math.inf, 0.0])]
+)
+def test_gelu_of_the_epilogue(x: torch.Tensor) -> None:
+    """Against float64, as close as float16 can tell; and beyond every number."""
+    x = x.half().float()
+    one = torch.ones(1, 1, dtype=torch.float16, device=DEVICE)
+    mine = products(x.half().to(DEVICE)[:, None], one, POINTERS[0], None, "gelu")[:, 0].cpu()
+    exact = F.gelu(x.double())
+    seen = x > -math.inf  # -inf times zero is NaN in torch, and zero, its limit, here
+    near = torch.isclose(mine.double(), exact, rtol=2**-11 + 1e-5, atol=2**-25 + 6e-7)
+    assert (near | (mine == exact))[seen].all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64), (128, 768, 768), (197, 3072, 768), (4096, 768, 3072), (9, 8, 5)]
+)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("then_summed", [False, True])
+def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, then_summed: bool) -> None:
+    """227 KiB of shared memory hold the tiles under way, and no part of the depth is empty."""
+    found = linear_configs(*shape, 2, Chip(132, 227 * 1024), tma, then_summed, then_summed)
+    assert len(set(map(named, found))) <= len(found) <= 12
+    assert (BY_CUBLAS in found) == then_summed
+    for config in set(found) - {BY_CUBLAS}:
+        cut = config.tiles
+        assert (cut["BLOCK_M"] + cut["BLOCK_N"]) * cut["BLOCK_K"] * 2 * config.num_stages <= 227 * 1024
+        assert cut["TMA"] == 0 or tma
+        assert (cut["SPLITS"] - 1) * cut["BLOCK_K"] < shape[2] or cut["SPLITS"] == 1
