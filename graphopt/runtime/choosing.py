@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,9 +148,11 @@ class Choosing:
         right = []
         for way in others:
             try:
-                if way.name == "triton" and self._timed:
-                    tune(_rotating(way, copies, kwargs), timer=self._timer)
-                found = reference.compare([way.run(*args, **kwargs)])
+                with warnings.catch_warnings():  # PyTorch warns of each reason why a backend is none
+                    warnings.simplefilter("ignore")
+                    if way.name == "triton" and self._timed:
+                        tune(_rotating(way, copies, kwargs), timer=self._timer)
+                    found = reference.compare([way.run(*args, **kwargs)])
             except Exception as error:  # whatever a compiler, a library or the driver says: others serve
                 refused[way.name] = said(error).splitlines()[0]
                 continue

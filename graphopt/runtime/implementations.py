@@ -12,7 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphopt.errors import said
 from graphopt.ir.op import TritonFace, op_of
-from graphopt.kernels import attention, conv_activation, linear_activation
+from graphopt.kernels import (
+    add_layer_norm,
+    attention,
+    conv_activation,
+    linear_activation,
+    linear_add_layer_norm,
+)
+from graphopt.kernels._aten import triton_face
 
 aten = torch.ops.aten
 
@@ -24,7 +31,7 @@ class Implementation:
     """One way to run a node.
 
     Args:
-        name: "triton", "cublaslt", "cudnn", "flash", "efficient", "aten".
+        name: "triton", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient", "aten".
         run: takes what the node's target takes.
     """
 
@@ -63,9 +70,8 @@ def implementations(
 
 
 def _triton_face(target: Any) -> TritonFace | None:
-    """The kernels for a target: an op's own, or those of the op that does what an ATen call does."""
-    op = op_of(target) or (linear_activation.OP if target is aten.linear.default else None)
-    return None if op is None else op.triton
+    """The kernels for a target; those of ``linear_activation`` take what ``aten.linear`` takes."""
+    return linear_activation.OP.triton if target is aten.linear.default else triton_face(target)
 
 
 def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -80,6 +86,9 @@ def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iter
     if target is linear_activation.OP.overload:
         if _epilogue_fits(*args, **kwargs):
             yield "cublaslt", _linear_epilogue
+    elif target is linear_add_layer_norm.OP.overload:
+        if _norm_fits(*args):
+            yield "cublas + triton", _linear_then_norm
     elif target is conv_activation.OP.overload:
         if _convolution_fits(*args, **kwargs):
             yield "cudnn", _convolution_relu
@@ -129,6 +138,25 @@ def _linear_epilogue(
     x_MK = x.reshape(-1, x.shape[-1])
     out_MN = aten._addmm_activation(bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
     return out_MN.view(*x.shape[:-1], weight_NK.shape[0])
+
+
+def _norm_fits(x: torch.Tensor, weight: torch.Tensor, bias: Any, residual: torch.Tensor, *norm: Any) -> bool:
+    face = add_layer_norm.OP.triton
+    return face is not None and face.refuses(residual, residual, *norm) is None
+
+
+def _linear_then_norm(
+    x: torch.Tensor,
+    weight_DK: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight_D: torch.Tensor | None,
+    norm_bias_D: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    face = add_layer_norm.OP.triton
+    assert face is not None
+    return face.launch(F.linear(x, weight_DK, bias_D), residual, norm_weight_D, norm_bias_D, eps)
 
 
 def _convolution_fits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors._protocol import KernelTime, Note
 from graphopt.runtime.graphed import Graphed
+from graphopt.runtime.joining import joined
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
@@ -41,9 +43,10 @@ class CudaProgram:
     """
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
-        self._region = region
+        self._region = replace(region, graph=joined(region.graph))
+        self._nodes = len(region.graph.calls)
         self._device = device
-        self._choosing = Choosing(region.graph, timed=timed)
+        self._choosing = Choosing(self._region.graph, timed=timed)
         self._graphed = Graphed(device, self._specialise, prefetched_weights)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
@@ -69,7 +72,7 @@ class CudaProgram:
     def describe(self) -> dict[str, Any]:
         """What the plan's row says of the program."""
         return {
-            "graphed_nodes": len(self._region.graph.calls) if self._graphed.captured else 0,
+            "graphed_nodes": self._nodes if self._graphed.captured else 0,
             **self._graphed.describe(),
             "kernels": [decision.to_dict() for decision in self._choosing.decisions],
         }
