@@ -9,11 +9,11 @@ FlashAttention-2 (arXiv:2307.08691), algorithm 1.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 
+from graphopt.kernels._attention_configs import blocks
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
     dot,
@@ -176,6 +176,44 @@ def _zero_outside(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _sequence(  # type: ignore[no-untyped-def]
+    out_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    offsets_ptr,
+    S,
+    T,
+    H,
+    strides_q,
+    strides_k,
+    strides_v,
+    E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Where the sequence of this program begins in each tensor, and how many queries and keys it has."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if offsets_ptr is not None:  # S tokens of T sequences one behind the other; one batch more for the others
+        begin = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch, T)), S).to(tl.int64)
+        end = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch + 1, T)), S).to(tl.int64)
+        if batch == T:
+            _zero_outside(out_ptr + head * E, offsets_ptr, S, T, H * E, E, BLOCK_S, BLOCK_E)
+        query_ptr += begin * strides_q[1]
+        key_ptr += begin * strides_k[1]
+        value_ptr += begin * strides_v[1]
+        out_ptr += begin * H * E
+        S = (end - begin).to(tl.int32)
+        T = S
+    else:
+        query_ptr += batch * strides_q[0]
+        key_ptr += batch * strides_k[0]
+        value_ptr += batch * strides_v[0]
+        out_ptr += batch * S * H * E
+    return out_ptr, query_ptr, key_ptr, value_ptr, S, T
+
+
+@jit
 def _attention_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     query_ptr,
@@ -186,19 +224,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     S,
     T,
     H,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_mt,
+    strides_q,
+    strides_k,
+    strides_v,
+    strides_m,
     scale,
     softcap,
     fill,
@@ -219,57 +248,40 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
 ):
     wait_for_all(PDL)
     wait_for_inputs(PDL)
+    out_ptr, query_ptr, key_ptr, value_ptr, S, T = _sequence(
+        out_ptr, query_ptr, key_ptr, value_ptr, offsets_ptr, S, T, H,
+        strides_q, strides_k, strides_v, E, BLOCK_S, BLOCK_E,
+    )  # fmt: skip
     block = tl.program_id(0)
     if CAUSAL:  # the longest first
         block = tl.num_programs(0) - 1 - block
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if offsets_ptr is not None:  # S tokens of T sequences one behind the other; one batch more for the others
-        begin = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch, T)), S).to(tl.int64)
-        end = tl.minimum(tl.load(offsets_ptr + tl.minimum(batch + 1, T)), S).to(tl.int64)
-        if batch == T:
-            _zero_outside(out_ptr + head * E, offsets_ptr, S, T, H * E, E, BLOCK_S, BLOCK_E)
-        query_ptr += begin * stride_qs
-        key_ptr += begin * stride_kt
-        value_ptr += begin * stride_vt
-        out_ptr += begin * H * E
-        S = (end - begin).to(tl.int32)
-        T = S
-    else:
-        query_ptr += batch * stride_qb
-        key_ptr += batch * stride_kb
-        value_ptr += batch * stride_vb
-        out_ptr += batch * S * H * E
-    query_ptr += head * stride_qh
-    key_ptr += head // GROUP * stride_kh
-    value_ptr += head // GROUP * stride_vh
+    head = tl.program_id(1)
+    query_ptr += head * strides_q[2]
+    key_ptr += head // GROUP * strides_k[2]
+    value_ptr += head // GROUP * strides_v[2]
     if MASK > 0:
-        mask_ptr += batch * stride_mb + head * stride_mh
+        mask_ptr += tl.program_id(2).to(tl.int64) * strides_m[0] + head * strides_m[1]
     s = block * BLOCK_S + tl.arange(0, BLOCK_S)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    query_ptrs = query_ptr + s.to(tl.int64)[:, None] * stride_qs + d[None, :]
+    query_ptrs = query_ptr + s.to(tl.int64)[:, None] * strides_q[1] + d[None, :]
     query = tl.load(query_ptrs, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0)
 
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     highest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
-    last = T
-    inner = T // BLOCK_T * BLOCK_T
-    if block * BLOCK_S >= S:
-        last = 0
+    last = tl.where(block * BLOCK_S < S, T, 0)
+    inner = T // BLOCK_T * BLOCK_T  # up to here all keys are there, and seen by all queries of the block
     if CAUSAL and not FILLED:
         last = tl.minimum(last, (block + 1) * BLOCK_S)
         inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
     inner = tl.minimum(inner, last)
-    acc, total, highest = _walk(
-        acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, 0, inner, S, T,
-        stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
-        D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, False,
-    )  # fmt: skip
-    acc, total, highest = _walk(
-        acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s, inner, last, S, T,
-        stride_kt, stride_vt, stride_ms, stride_mt, scale, softcap, fill,
-        D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, True,
-    )  # fmt: skip
+    for EDGE in tl.static_range(2):
+        acc, total, highest = _walk(
+            acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s,
+            inner if EDGE else 0, last if EDGE else inner, S, T,
+            strides_k[1], strides_v[1], strides_m[2], strides_m[3], scale, softcap, fill,
+            D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
+        )  # fmt: skip
     if MASK > 0 and not EMPTY_IS_NAN:  # a row without a key: zeros
         total = tl.where(total == 0, 1.0, total)
     out = acc / total[:, None]
@@ -293,7 +305,7 @@ def attend(
     if T == 0:
         return out.zero_()
     query, key, value = (last_contiguous(x) for x in (query, key, value))
-    strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+    strides = [x.stride()[:3] for x in (query, key, value)]
     kind, mask_strides = 0, (0, 0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
@@ -314,7 +326,7 @@ def attend(
     candidates = _candidates(B * H, S, T, query, max(D, E))
     config = choose(_attention_kernel, query.device, named, candidates)
     numbers = D**-0.5 if scale is None else scale, softcap or 1.0, fill or 0.0
-    args = out, query, key, value, mask, None, S, T, H, *strides, *mask_strides, *map(float, numbers)
+    args = out, query, key, value, mask, None, S, T, H, *strides, mask_strides, *map(float, numbers)
     grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
     launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
     return out
@@ -333,7 +345,7 @@ def attend_packed(
     (N, H, D), (K, E) = query.shape, value.shape[1:]
     out = query.new_empty((N, H, E))
     query, key, value = (last_contiguous(x) for x in (query, key, value))
-    strides = [stride for x in (query, key, value) for stride in (0, *x.stride()[:2])]
+    strides = [(0, *x.stride()[:2]) for x in (query, key, value)]
     sequences = offsets.shape[0] - 1
     named = N, sequences, longest, H, D, E, query.dtype, is_causal
     candidates = _candidates(sequences * H, longest, longest, query, max(D, E))
@@ -341,7 +353,8 @@ def attend_packed(
     flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN"), 0)
     constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
     numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
-    args = out, query, key, value, None, offsets.contiguous(), N, sequences, H, *strides, 0, 0, 0, 0, *numbers
+    sizes = N, sequences, H
+    args = out, query, key, value, None, offsets.contiguous(), *sizes, *strides, (0, 0, 0, 0), *numbers
     grid = max(triton.cdiv(longest, config.tiles["BLOCK_S"]), 1), H, sequences + 1
     launch(_attention_kernel, grid, *args, **constants, **config.options)
     return out
@@ -368,55 +381,3 @@ def refuse_heads(
     if reason is None and width > WIDEST:
         return f"a head has {width} features, more than {WIDEST}"
     return reason
-
-
-@functools.lru_cache(maxsize=1024)
-def blocks(
-    heads: int, S: int, T: int, width: int, itemsize: int, processors: int, shared: int
-) -> tuple[Config, ...]:
-    """How attention may be cut up, the likeliest first.
-
-    12 heads of 64 features, float16, in CUDA graphs on an H100: 1 x 128 tokens 3.0 us, flash attention 5.2;
-    8 x 128 4.1 us, flash 6.0, and with a mask of keys 4.5 us, cuDNN 13.1; 32 x 128 12.3 us, flash 17.8; 197
-    tokens 4.6 us, cuDNN 7.6; 64 x 197 50.0 us, flash 66.6, cuDNN 47.1; 32 x 512 80.5 us, flash 105, cuDNN 70.3.
-
-    Args:
-        heads: of all sequences together.
-        S: queries of a sequence.
-        T: keys of a sequence.
-        width: features of a head.
-        itemsize: bytes of an element.
-        processors: of the GPU.
-        shared: bytes of shared memory that a program may have.
-    """
-    if S <= 16:
-        found = [_blocks(16, 64, 2, 2), _blocks(16, 128, 4, 2), _blocks(16, 32, 1, 3)]
-    else:
-        found = [
-            _blocks(64, 64, 4, 3),
-            _blocks(64, 128, 4, 1),
-            _blocks(64, 32, 4, 3),
-            _blocks(128, 32, 4, 3),
-            _blocks(64, 64, 4, 2),
-            _blocks(128, 64, 8, 3),
-            _blocks(32, 128, 4, 1),
-        ]
-        programs = -(-S // 64) * heads
-        if T <= 128:
-            likely = 0 if programs <= processors else 1 if programs <= 4 * processors else 3
-        else:
-            likely = 2 if T <= 256 else 0
-        found.insert(0, found.pop(likely))
-    found += [_blocks(32, 32, 4, 2), _blocks(16, 16, 1, 1)]  # small enough for every GPU
-    return tuple(config for config in found if _shared(config, width, itemsize) <= shared)
-
-
-def _blocks(s: int, t: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_S": s, "BLOCK_T": t}, warps, stages)
-
-
-def _shared(config: Config, width: int, itemsize: int) -> int:
-    """Bytes of shared memory: the queries, the keys and values on their way, and the weights of a step."""
-    s, t = config.tiles["BLOCK_S"], config.tiles["BLOCK_T"]
-    kept = s * power_of_two(width) + 2 * t * power_of_two(width) * config.num_stages + s * t
-    return kept * itemsize + 1024

@@ -85,7 +85,7 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     """Deep steps, many on their way, and the depth cut where the tiles alone leave processors idle.
 
     (128, 768) to 2304, 4.31 us, cuBLAS 5.31: 64x64x128, 6 stages. To 3072 with GELU, 4.92 us, cuBLAS and a
-    kernel for GELU 7.70: 4 stages. To 768, the norm included, 4.26 us, cuBLAS and the same norm 6.39: 2 parts.
+    kernel for GELU 7.70: 4 stages. To 768, norm included, 4.26 us, cuBLAS and the same norm 6.39: 2 parts.
     (128, 3072) to 768 likewise, 6.45 us against 9.86: 4 parts.
     """
     m = 64 if M > 32 else 32 if M > 16 else 16
