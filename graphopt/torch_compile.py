@@ -99,9 +99,7 @@ class _Piece:
     def _variant(self, args: Sequence[Any], result: Sequence[Any]) -> _Variant:
         weights = self._piece.weights(args)
         if _shares_memory(result, args):
-            _warn(
-                "a compiled piece returns a view of its input, which a graph break may write to: it runs as it is"
-            )
+            _warn("a compiled piece returns a view of its input: it runs as it is")
             return _Variant(None, weights)
         tensors = self._piece.tensors(args)
         try:
