@@ -51,7 +51,7 @@ def backend(
             "graphopt compiles for inference, and gradients are wanted here: the model runs as it is;"
             " call it under torch.no_grad()"
         )
-        return module.forward  # type: ignore[no-any-return]
+        return module.forward
     effort = "measured" if mode == "max-autotune" else "fast"
     return _Piece(module, {"effort": effort, **(options or {})})
 

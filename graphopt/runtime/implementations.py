@@ -136,7 +136,7 @@ def _linear_epilogue(
     residual: None = None,
 ) -> torch.Tensor:
     x_MK = x.reshape(-1, x.shape[-1])
-    out_MN = aten._addmm_activation(bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
+    out_MN: torch.Tensor = aten._addmm_activation(bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
     return out_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
@@ -187,6 +187,9 @@ def _convolution_relu(
     parameter: float = 1.0,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    where = stride, padding, dilation, groups
     if residual is None:
-        return aten.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-    return aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+        out: torch.Tensor = aten.cudnn_convolution_relu(x, weight, bias, *where)
+    else:
+        out = aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *where)
+    return out
