@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench import RESULTS, catalogue, kernels
+from bench import RESULTS, catalogue, compile_time, kernels
 from bench.models import SUITES
 from bench.readme import update_readme
 from graphopt.bench.case import Setting, run_case
@@ -21,9 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "kernels", "readme", "catalogue"],
-        help="a suite; or kernels: the Triton kernels, on a GPU; or readme: only rewrite its tables;"
-        " or catalogue: what is found in every architecture",
+        choices=[*SUITES, "kernels", "time", "readme", "catalogue"],
+        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or readme:"
+        " only rewrite its tables; or catalogue: what is found in every architecture",
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)
@@ -38,6 +38,13 @@ def main() -> None:
     if given.suite == "catalogue":
         every = track(list(catalogue.cases()), "architectures")
         catalogue.update_page([catalogue.measure(*case) for case in every])
+        return
+    if given.suite == "time":
+        layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
+        rows = [compile_time.measure(case, count, given.threads) for case, count in layers.items()]
+        Console().print(compile_time.table(rows))
+        if not given.dry:
+            _record("time", rows, f"python -m bench time --threads {given.threads}")
         return
     if given.suite != "readme":
         peers = [peer for peer in given.against.split(",") if peer]

@@ -31,6 +31,7 @@ LIMITS = Limits("catalogue", flops_per_s=1e12, bytes_per_s=1e11)
 KINDS = {
     "norms": "norms",
     "residual_norms": "sum + norm in one",
+    "norm_sums": "norm + sum in one",
     "attentions": "attention",
     "projections": "Q, K, V in one product",
     "ropes": "rotary embeddings",
@@ -149,13 +150,19 @@ def _activations(graph: Graph, contents: Contents) -> int:
     return sum(_is_activation(node, contents) for node in graph.calls)
 
 
+def _norms(graph: Graph, contents: Contents) -> int:
+    """Every norm; a sandwich has two."""
+    return sum(_ops(pattern)(graph, contents) for pattern in ("(layer|rms|group|instance)_norm", "sandwich"))
+
+
 def _folded_batch_norms(graph: Graph, contents: Contents) -> int:
     return contents.conv_norms - _ops("batch_norm")(graph, contents)
 
 
 _COUNTS: dict[str, Callable[[Graph, Contents], int]] = {
-    "norms": _ops("(layer|rms|group|instance)_norm"),
-    "residual_norms": _ops(r"^graphopt\.add_.*norm"),
+    "norms": _norms,
+    "residual_norms": _ops(r"^graphopt\.(add_|sandwich_).*norm"),
+    "norm_sums": _ops(r"^graphopt\.(.*_norm_add|sandwich_.*norm)"),
     "attentions": _ops(r"^graphopt\..*attention"),
     "projections": _projections,
     "ropes": _ops(r"^graphopt\..*rope"),
@@ -168,6 +175,7 @@ _COUNTS: dict[str, Callable[[Graph, Contents], int]] = {
 _LEFT = {
     "norms": (r"\.(rsqrt|sqrt|var|var_mean|std|linalg_vector_norm)$", "norm"),
     "residual_norms": (r"\.(layer|rms)_norm$", "add_.*norm"),
+    "norm_sums": (r"\.(layer|rms)_norm$", "norm_add|sandwich"),
     "attentions": (r"\.(_?softmax|scaled_dot_product_attention)$", "attention"),
     "projections": (r"\.(linear|addmm)$", "linears"),
     "ropes": (r"\.(neg|view_as_complex|stack)$", "rope"),

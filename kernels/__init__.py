@@ -8,6 +8,8 @@ from graphopt.kernels import (
     embedding_layer_norm,
     gated_mlp,
     group_norm_silu,
+    grouped_gated_mlp,
+    layer_norm_add,
     linear_activation,
     linear_add_layer_norm,
     linear_cross_entropy,
@@ -17,7 +19,9 @@ from graphopt.kernels import (
     quantized_linear,
     quick_gelu,
     rms_norm,
+    rms_norm_add,
     rope,
+    sandwich_rms_norm,
 )
 
 __all__ = [
@@ -28,6 +32,8 @@ __all__ = [
     "embedding_layer_norm",
     "gated_mlp",
     "group_norm_silu",
+    "grouped_gated_mlp",
+    "layer_norm_add",
     "linear_activation",
     "linear_add_layer_norm",
     "linear_cross_entropy",
@@ -37,5 +43,7 @@ __all__ = [
     "quantized_linear",
     "quick_gelu",
     "rms_norm",
+    "rms_norm_add",
     "rope",
+    "sandwich_rms_norm",
 ]

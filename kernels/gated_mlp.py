@@ -40,14 +40,14 @@ SCHEMA = (
     ' str activation="silu") -> Tensor'
 )
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
 }
-_ONNX_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+ONNX_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "silu": lambda x: op.Mul(x, op.Sigmoid(x)),  # Swish came with opset 24; ONNX Runtime fuses these two
     "gelu": op.Gelu,
     "gelu_tanh": partial(op.Gelu, approximate="tanh"),
@@ -80,8 +80,8 @@ def _shape(
     Raises:
         ValueError: a shape or dtype does not fit, or the activation is not known.
     """
-    known = ", ".join(_ACTIVATIONS)
-    require(activation in _ACTIVATIONS, f"gated_mlp: activation is one of {known}, not {activation!r}")
+    known = ", ".join(ACTIVATIONS)
+    require(activation in ACTIVATIONS, f"gated_mlp: activation is one of {known}, not {activation!r}")
     biases = {"gate_bias": gate_bias, "up_bias": up_bias}
     require_floating("gated_mlp", x=x, gate_weight=gate_weight, up_weight=up_weight, **biases)
     fits = x.dim() >= 1 and gate_weight.dim() == 2 and gate_weight.shape[1] == x.shape[-1]
@@ -104,7 +104,7 @@ def _reference(
     up_bias_I: torch.Tensor | None = None,
     activation: str = "silu",
 ) -> torch.Tensor:
-    gate = _ACTIVATIONS[activation](F.linear(x, gate_weight_ID, gate_bias_I))
+    gate = ACTIVATIONS[activation](F.linear(x, gate_weight_ID, gate_bias_I))
     return (gate * F.linear(x, up_weight_ID, up_bias_I)).contiguous()
 
 
@@ -245,13 +245,13 @@ def _onnx(
             (op.MatMul(x, op.Transpose(up_weight, perm=[1, 0])), up_bias),
         )
     )
-    return op.Mul(_ONNX_ACTIVATIONS[activation](gate), up)
+    return op.Mul(ONNX_ACTIVATIONS[activation](gate), up)
 
 
 def _samples() -> Iterator[Sample]:
     x, biases = torch.randn(2, 5, 12), (torch.randn(20), torch.randn(20))
     weights = torch.randn(20, 12) / 12**0.5, torch.randn(20, 12) / 12**0.5
-    for activation in _ACTIVATIONS:
+    for activation in ACTIVATIONS:
         yield Sample((x, *weights), {"activation": activation}, label=activation)
     yield Sample((x, *weights, *biases), label="biases")
     yield Sample((x, *weights, None, biases[1]), label="one bias")

@@ -12,9 +12,10 @@ from graphopt.passes._channels import Group, blocks
 
 
 def weakest(graph: Graph, groups: Iterable[Group], share: float) -> Iterator[Match]:
-    """One match a group: its weakest units, the groups in ascending order of the damage expected.
+    """The weakest units of every group, the groups in ascending order of the damage expected.
 
-    The damage is the part of the group's weights, in squared norm, that goes.
+    The damage is the part of the group's weights, in squared norm, that goes. Behind each match come those
+    that give up half as many units, down to one, for when the loss is too much; ``step`` says how many.
 
     Args:
         graph: the graph.
@@ -25,13 +26,15 @@ def weakest(graph: Graph, groups: Iterable[Group], share: float) -> Iterator[Mat
     for group in groups:
         if group.refusal is None and group.units > 1:
             strength = _strength(group)
-            count = max(1, int(group.units * share))
             order = strength.argsort()
-            damage = float(strength[order[:count]].sum() / strength.sum().clamp_min(1e-300))
-            found.append((damage, group, sorted(order[count:].tolist())))
-    for damage, group, kept in sorted(found, key=lambda one: one[0]):
+            parts = strength[order].cumsum(0) / strength.sum().clamp_min(1e-300)
+            found.append((parts, max(1, int(group.units * share)), order, group))
+    for parts, step, order, group in sorted(found, key=lambda one: float(one[0][one[1] - 1])):
         nodes = group.nodes
-        yield Match(graph, nodes[-1], nodes, {"group": group, "kept": kept, "damage": damage})
+        while step:
+            bound = {"group": group, "kept": sorted(order[step:].tolist()), "step": step}
+            yield Match(graph, nodes[-1], nodes, {**bound, "damage": float(parts[step - 1])})
+            step //= 2
 
 
 def _strength(group: Group) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Norms of residual sums: where they are, what they refuse alike, and how they become one op."""
+"""Norms of residual sums, and sums of norms: where they are, what they refuse, how they become one op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.op import Op
-from graphopt.ir.pattern import Match, argument
+from graphopt.ir.pattern import Match, argument, shared_inside
 
 aten = torch.ops.aten
 
@@ -97,3 +97,56 @@ def replace(rewriter: Rewriter, match: Match, fused: Op, *rest: Any) -> None:
         normed = rewriter.call(aten.reshape.default, normed, match["sizes"])
     rewriter.replace(match.root, normed)
     rewriter.replace(match["sum"], rewriter.call(operator.getitem, both, 1))
+
+
+def norm_sums(graph: Graph, norm: Any, **names: str) -> Iterator[Match]:
+    """Every sum of two tensors one of which is a norm; see ``sums_of_norm``."""
+    for root in graph.fx.find_nodes(op="call_function", target=aten.add.Tensor):
+        if not root._erased:
+            yield from sums_of_norm(graph, root, norm, **names)
+
+
+def sums_of_norm(graph: Graph, root: fx.Node, norm: Any, **names: str) -> Iterator[Match]:
+    """A call as the sum of a norm, behind a cast that the sum would make itself, and another tensor.
+
+    Args:
+        graph: the graph.
+        root: the call.
+        norm: the norm, whose first argument is what it norms.
+        names: the norm's arguments to bind, by the name to bind each under.
+
+    Returns:
+        Matches that bind ``x`` (what is normed), ``r`` (the other summand), ``normed`` (the norm), and what
+        ``names`` asks for; of two norms, the one that fewer others read comes first.
+    """
+    if not _is_sum(root):
+        return
+    pairs: Any = (root.args[:2], root.args[1::-1])
+    found = [(inner, summand, other) for summand, other in pairs if (inner := _normed(summand, other, norm))]
+    for inner, summand, other in sorted(found, key=lambda one: len(one[0].users) + len(one[1].users)):
+        bound = {name: argument(inner, own) for name, own in names.items()}
+        bound |= {"x": inner.args[0], "r": other, "normed": inner}
+        yield Match(graph, root, tuple(dict.fromkeys((inner, summand, root))), bound)
+
+
+def _normed(summand: fx.Node, other: fx.Node, norm: Any) -> fx.Node | None:
+    """The norm that a summand is, or is before a cast to the type that the sum has anyway."""
+    if summand.target is aten.to.dtype:
+        inner: Any = summand.args[0]
+        wide = torch.promote_types(inner.meta["val"].dtype, other.meta["val"].dtype)
+        summand = inner if wide == summand.meta["val"].dtype else summand
+    return summand if summand.target is norm else None
+
+
+def refuse_norm_sum(match: Match) -> str | None:
+    """Why a match of ``norm_sums`` is no sum of a norm and a residual, or None."""
+    shared = shared_inside(match)
+    if shared is not None:
+        return f"{shared[0].name} is also read by {shared[1].name}"
+    types = {match.val("normed").dtype, match.val("r").dtype}
+    if len(types) > 1 and not (torch.float32 in types and types <= _MIXED):
+        return f"the summands differ in type: {match.val('normed').dtype} and {match.val('r').dtype}"
+    if not same_shape(match.val("normed").shape, match.root.meta["val"].shape):
+        shapes = f"{list(match.val('normed').shape)} and {list(match.val('r').shape)}"
+        return f"the norm has not the shape of the sum: {shapes}"
+    return None

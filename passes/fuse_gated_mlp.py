@@ -1,4 +1,7 @@
-"""act(x Wg^T + bg) * (x Wu^T + bu), Wg and Wu one matrix or two -> gated_mlp(x, Wg, Wu, bg, bu, act)."""
+"""act(x Wg^T + bg) * (x Wu^T + bu), Wg and Wu one matrix or two -> gated_mlp(x, Wg, Wu, bg, bu, act).
+
+Of experts, whose weights are one tensor and whose rows are in groups, -> grouped_gated_mlp(x, W, ends, act).
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from torch import fx
 
 from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
-from graphopt.ir.graph import Graph, same_shape
+from graphopt.ir.graph import Graph, op_name, same_shape
 from graphopt.ir.pattern import Match, argument, shared_inside
 from graphopt.kernels.gated_mlp import OP as GATED_MLP
+from graphopt.kernels.grouped_gated_mlp import OP as GROUPED_GATED_MLP
 
 aten = torch.ops.aten
 
@@ -33,7 +37,7 @@ class Projection:
     """Some rows of a linear layer's weight, by what is taken of its result.
 
     Args:
-        linear: the layer.
+        linear: the layer, or the product of rows with their experts' weights.
         nodes: the layer and what takes its result apart.
         rows: how many there are.
         part: first row, end and step; None for all.
@@ -106,7 +110,7 @@ def _projection(node: Any) -> Projection | None:
     """The linear layer behind a value, and which part of its result the value is."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    if node.target is aten.linear.default:
+    if node.target is aten.linear.default or _is_grouped(node):
         rows = node.meta["val"].shape[-1]
         return Projection(node, (node,), rows) if isinstance(rows, int) else None
     piece = node if node.target is operator.getitem else None
@@ -118,6 +122,8 @@ def _projection(node: Any) -> Projection | None:
         sizes = [part.shape[-1] for part in source.meta["val"]]
         start, rows = sum(sizes[: piece.args[1]]), sizes[piece.args[1]]  # type: ignore[index]
         return Projection(whole.linear, (*whole.nodes, source, node), rows, (start, start + rows, 1))
+    if node.target is aten.select.int or (piece is not None and source.target is aten.unbind.int):
+        return _of_a_split_dimension(node)
     if node.target is aten.slice.Tensor:
         whole = _projection(source)
         bounds = tuple(argument(node, name) for name in ("start", "end", "step"))
@@ -129,12 +135,40 @@ def _projection(node: Any) -> Projection | None:
     return None
 
 
+def _of_a_split_dimension(node: fx.Node) -> Projection | None:
+    """The part of a layer's result that one index takes once the last dimension is reshaped to two."""
+    taken: Any = node if node.target is aten.select.int else node.args[0]
+    index, view = (argument(node, "index") if taken is node else node.args[1]), taken.args[0]
+    whole = _projection(view.args[0]) if view.target is aten.reshape.default else None
+    if whole is None or whole.part is not None or not isinstance(index, int):
+        return None
+    shape, before = view.meta["val"].shape, view.args[0].meta["val"].shape
+    dim = argument(taken, "dim") % len(shape)
+    fixed = all(isinstance(size, int) for size in shape[-2:])
+    if len(shape) < 2 or not fixed or not same_shape(shape[:-2], before[:-1]) or dim < len(shape) - 2:
+        return None
+    count, rows = shape[dim], shape[-1] if dim == len(shape) - 2 else shape[-2]
+    index %= count
+    last = dim == len(shape) - 1
+    part = (index, whole.rows, count) if last else (index * rows, (index + 1) * rows, 1)
+    return Projection(whole.linear, tuple(dict.fromkeys((*whole.nodes, view, taken, node))), rows, part)
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """Whether a call multiplies rows with the weights of their experts; transformers has an op of its own."""
+    return node.target in (aten._grouped_mm.default, aten.bmm.default) or (
+        op_name(node) == "transformers.grouped_mm_fallback"
+    )
+
+
 def _is_last(node: fx.Node, dim: int) -> bool:
     return dim in (-1, node.meta["val"].dim() - 1)
 
 
 def check(match: Match) -> str | None:
     """Both weights are matrices of one shape, and nothing else reads the projections."""
+    if _is_grouped(match["gate"].linear):
+        return _refuse_grouped(match)
     shapes = []
     for side in (match["gate"], match["up"]):
         shape = list(argument(side.linear, "weight").meta["val"].shape)
@@ -145,8 +179,35 @@ def check(match: Match) -> str | None:
     return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
 
 
+def _refuse_grouped(match: Match) -> str | None:
+    product, sides = match["gate"].linear, (match["gate"], match["up"])
+    columns = product.meta["val"].shape[-1]
+    halves = {(0, columns // 2, 1), (columns // 2, columns, 1)}
+    if match["up"].linear is not product:
+        return "the experts' gate and up weights are two tensors, not one"
+    if {side.part for side in sides} != halves:
+        return "gate and up are not the halves of the experts' weights"
+    if product.args[1].meta["val"].dim() != 3 or (_ends(product) is None) != (
+        product.target is aten.bmm.default
+    ):
+        return "the experts' rows are not in groups"
+    shared = shared_inside(match)
+    return f"{shared[0].name} is also read by {shared[1].name}" if shared else None
+
+
+def _ends(product: fx.Node) -> Any:
+    """The row behind each expert's last, or None where every expert has rows of its own."""
+    return product.args[2] if len(product.args) > 2 else product.kwargs.get("offs")
+
+
 def rewrite(rewriter: Rewriter, match: Match) -> None:
     """One op; two weights stay two, so that they are shared with the model, and of one both are views."""
+    product = match["gate"].linear
+    if _is_grouped(product):
+        args = match["x"], product.args[1], _ends(product), _activation(match), match["gate"].part[0] > 0
+        gated = rewriter.call(GROUPED_GATED_MLP.overload, *args)
+        rewriter.replace(match.root, gated)
+        return
     sides = (match["gate"], match["up"])
     args = [_rows(rewriter, side, name) for name in ("weight", "bias") for side in sides]
     gated = rewriter.call(GATED_MLP.overload, match["x"], *args, _activation(match))

@@ -132,14 +132,16 @@ def _scale(scale: float, query_BSHD: fx.Node) -> float | None:
 
 def _unrepeated(found: Attention, operand: Operand) -> Operand:
     """Keys or values with as many heads as there were before they were repeated, for (B, H, T, D)."""
-    if operand.axes[:2] == tuple(found.factors) and operand.axes[2] == found.scores.column:
+    plain = operand.view is None and operand.axes[:2] == tuple(found.factors)
+    if plain and operand.axes[2] == found.scores.column:
         return replace(operand, node=unrepeated(operand.node))
     return operand
 
 
 def _heads(found: Attention, operand: Operand) -> Any:
     """How many heads keys or values have, where they are one axis."""
-    shape = dict(zip(operand.axes, operand.node.meta["val"].shape, strict=True))
+    arranged = operand.view or operand.node
+    shape = dict(zip(operand.axes, arranged.meta["val"].shape, strict=True))
     return [shape.get(name) for name in found.heads]
 
 

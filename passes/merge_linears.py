@@ -32,7 +32,8 @@ def pattern(graph: Graph) -> Iterator[Match]:
     grouped: list[list[fx.Node]] = []
     for attention in graph.fx.find_nodes(op="call_function", target=ATTENTION.overload):
         sources: Any = attention.args[:3]
-        grouped.append([node for source in sources if (node := _projection(source)) is not None])
+        found = [node for source in sources if (node := _projection(source)) is not None]
+        grouped += [found] if len(found) > 1 else []  # one alone may go with what is left
     taken = {node for members in grouped for node in members}
     linears = graph.fx.find_nodes(op="call_function", target=aten.linear.default)
     grouped.append([node for node in linears if node not in taken and not _has_epilogue(node)])

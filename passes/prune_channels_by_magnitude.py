@@ -1,7 +1,8 @@
 """layer(f(layer(x, w1)), w2) -> the same without the eighth of the channels whose weights are smallest.
 
 Not exact: a channel goes whatever it adds. Each match takes one more eighth of one group, the least damage
-first, down to a single channel; how far it may go is for the measured loss to say.
+first, down to a single channel, and half as many where that costs too much; how far it may go is for the
+measured loss to say.
 """
 
 from __future__ import annotations

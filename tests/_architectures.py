@@ -7,7 +7,7 @@ read off a graph. Shapes are the smallest at which no two sizes agree by acciden
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,8 @@ class Contents:
         gated_mlps: act(gate(x)) * up(x).
         activations: calls of the activations in ``named``, those inside gated MLPs included.
         conv_norms: convolutions followed by a batch norm.
+        norm_sums: norms that nothing but a sum with the residual stream reads: one kernel can do both, and
+            the norm of that sum too.
         named: the activations of the configuration, by the name of their ATen op or as graphopt's ops say it.
     """
 
@@ -57,6 +59,7 @@ class Contents:
     gated_mlps: int = 0
     activations: int = 0
     conv_norms: int = 0
+    norm_sums: int = 0
     named: tuple[str, ...] = ("gelu",)
 
 
@@ -172,6 +175,8 @@ LLAMA_LIKE = Contents(
     activations=LAYERS,
     named=("silu",),
 )
+# Norms before and behind each of two blocks a layer.
+SANDWICH = replace(LLAMA_LIKE, norm_sums=2 * LAYERS, named=("gelu",))
 MARIAN_LIKE = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -269,8 +274,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Gemma2": Architecture(  # four norms a layer, two of them on what is added to the residual
         encoded("Gemma2", **GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0),
-        Contents(4 * LAYERS + 1, 2 * LAYERS, LAYERS, LAYERS, 2 * LAYERS, LAYERS, LAYERS),
+        replace(SANDWICH, norms=4 * LAYERS + 1),
         ("eager",),
+    ),
+    "Gemma3": Architecture(  # queries and keys are normed, too
+        encoded("Gemma3Text", **GROUPED, head_dim=8, sliding_window=4),
+        replace(SANDWICH, norms=6 * LAYERS + 1),
+    ),
+    "OLMo 2": Architecture(  # a block is normed behind, not before; so are queries and keys
+        encoded("Olmo2", **GROUPED),
+        replace(LLAMA_LIKE, norms=4 * LAYERS + 1, residual_norms=1, norm_sums=2 * LAYERS),
     ),
     "Phi": Architecture(  # one norm a layer, which attention and MLP share: a sum of three
         encoded("Phi", **TEXT, partial_rotary_factor=0.5, use_cache=False),
@@ -358,6 +371,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Contents(1 + 2 * 3 + 1 + 1, 3 + 1 + 1, 3, 3, activations=3),
     ),
+    # As Swin, with norms behind the blocks: the sum that the last norm reads is one op with the norm before.
+    "Swin v2": Architecture(
+        seen(
+            "Swinv2",
+            16,
+            embed_dim=16,
+            depths=[2, 1],
+            num_heads=[2, 4],
+            image_size=16,
+            patch_size=2,
+            window_size=4,
+        ),
+        Contents(1 + 2 * 3 + 1 + 1, 0, 3, 3, activations=3, norm_sums=2 * 3),
+        ("eager",),
+    ),
     # Two layers of text, one of vision: there, the last norm reads the class token alone. Both first sums add
     # positions, and a norm reads each.
     "CLIP": Architecture(
@@ -408,9 +436,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Contents(conv_norms=1 + 2 * 3, activations=1 + 2 * 2, named=("hardswish", "hardtanh", "relu6")),
         ("",),
     ),
-    "Mixtral": Architecture(  # the experts' rows are sorted into groups: their products are not linears
+    "Mixtral": Architecture(  # the experts of a layer are one gated MLP on rows in groups
         encoded("Mixtral", **GROUPED, num_local_experts=3, num_experts_per_tok=2),
-        Contents(2 * LAYERS + 1, 2 * LAYERS, LAYERS, LAYERS, 2 * LAYERS, activations=LAYERS, named=("silu",)),
+        LLAMA_LIKE,
     ),
     "Mixtral-style": Architecture(  # three experts a layer, each of which reads every token
         plain(lambda: Experts(LAYERS), BATCH, SEQ, 16),

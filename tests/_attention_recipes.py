@@ -86,7 +86,7 @@ def _sdpa(p: Builder, q: str, k: str, v: str) -> str:
     mask = _key_mask(p)
     extra = p.one_of("", ", is_causal=True", ", scale=0.3")
     if mask is not None:
-        floating = f"torch.where({mask}, 0.0, torch.finfo(DTYPE).min).to(DTYPE)"
+        floating = f"torch.where({mask}, torch.zeros((), dtype=DTYPE), torch.finfo(DTYPE).min)"
         extra = p.one_of(f", {mask}", f", attn_mask={floating}", f", {mask} & {_causal(p)}")
     return f"F.scaled_dot_product_attention({q}, {k}, {v}{extra})"
 

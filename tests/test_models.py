@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import graphopt
+from graphopt.capture.inputs import example_tensors
 from graphopt.compiler.compare import compare
 from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.pass_ import Pass
@@ -47,7 +48,8 @@ def optimized(family: str, way: str) -> OptimizedModel:
     """
     given, executors = example_of(family), WAYS[way]
     graph = captured(family, dynamic=executors is not None)
-    with mock.patch.object(PIPELINE, "capture", return_value=graph.clone()):
+    example = example_tensors(graph.inputs, (given.args, given.kwargs))
+    with mock.patch.object(PIPELINE, "capture_any", return_value=(graph.clone(), example)):
         return graphopt.optimize(given.model, given.args, given.kwargs, executors=executors)
 
 

@@ -29,7 +29,7 @@ from graphopt.capture.inputs import (
     input_specs,
     leaves,
 )
-from graphopt.capture.normalize import normalize
+from graphopt.capture.normalize import is_functional, normalize
 from graphopt.errors import CaptureError, InputError
 from graphopt.ir.graph import Constant, Graph
 from graphopt.ir.provenance import KEY, Provenance, from_export, of
@@ -82,7 +82,7 @@ def capture(
             warnings.filterwarnings("error", message="The tensor attribute")
             widened = dims.widened()
             program = torch.export.export(flat, widened, dynamic_shapes=dims.export_spec(), strict=False)
-            functional = program.run_decompositions({})
+            functional = program if is_functional(program.graph) else program.run_decompositions({})
     except CaptureError:
         raise
     except UserWarning as warned:
@@ -166,8 +166,8 @@ class _Output:
 class _Flat(torch.nn.Module):
     """A model as a function of flat tensors: ``torch.export`` sees neither containers nor plain values.
 
-    Export traces twice, and through containers: a KV cache would make constants then that the first program
-    does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
+    Export may trace twice, and through containers: a KV cache would make constants then that the first
+    program does not know. Nor does it take every signature, and every hook, together with dynamic sizes.
     """
 
     def __init__(self, model: torch.nn.Module, call: Any, dims: DynamicDims) -> None:

@@ -50,11 +50,21 @@ class Budget:
     metric: Metric = relative_distance
 
 
+def _step(match: Match) -> int:
+    """How much of its site a match gives up: 1 where the pass knows no smaller step."""
+    return int(match.get("step", 1))
+
+
+def _is_open(match: Match, failed: dict[str, int]) -> bool:
+    return match.root.name not in failed or _step(match) < failed[match.root.name]
+
+
 class LossyManager:
     """Applies passes that are not exact, site by site, as long as the loss stays within the budget.
 
     Args:
-        passes: in order; each yields its matches in ascending order of damage.
+        passes: in order; each yields its matches in ascending order of damage. A match may bind ``step``, how
+            much it gives up, and smaller steps of the same site may follow it: they are tried where it fails.
         remarks: where the loss of each step goes.
         budget: how much may be lost in all.
     """
@@ -77,9 +87,9 @@ class LossyManager:
         """
         outcome, original, loss = Outcome(graph), outputs(graph, inputs), 0.0
         for rule in self.passes:
-            refused: set[str] = set()
+            failed: dict[str, int] = {}
             for _ in range(_MAX_ROUNDS):
-                found = self._round(rule, graph, inputs, original, loss, refused, outcome)
+                found = self._round(rule, graph, inputs, original, loss, failed, outcome)
                 if found is None:
                     break
                 loss = found
@@ -100,30 +110,37 @@ class LossyManager:
         inputs: Sequence[torch.Tensor],
         original: Sequence[Any],
         loss: float,
-        refused: set[str],
+        failed: dict[str, int],
         outcome: Outcome,
     ) -> float | None:
-        """Try the matches that there are now; the new loss, or None when none was kept."""
-        kept, failures = False, 0
+        """Try the matches that there are now; the new loss, or None when none was kept.
+
+        Where a step cost too much, smaller ones of the same site are tried next: ``failed`` has the smallest
+        that did, by site.
+        """
+        kept, failures, done = False, 0, set[str]()
         while failures < _PATIENCE:
-            match = next((m for m in rule.matches(graph) if m.root.name not in refused), None)
+            match = next(
+                (m for m in rule.matches(graph) if m.root.name not in done and _is_open(m, failed)), None
+            )
             if match is None:
                 break
-            refused.add(match.root.name)  # once a round
+            site = match.root.name
             reason = rule.check(match)
             if reason is not None:
+                done.add(site)
                 self.remarks.add("missed", rule.name, match.root, reason)
                 continue
             snapshot = graph.snapshot()
             rewrite = self._try(rule, match, inputs, original, loss)
             outcome.rewrites.append(rewrite)
             if rewrite.kept:
+                done.add(site)  # once a round
                 kept, failures, loss = True, 0, rewrite.error_after
             else:
                 graph.restore(snapshot)
-                failures += 1
-        failed = {row.site for row in outcome.rewrites if row.pass_name == rule.name and not row.kept}
-        refused.intersection_update(failed)
+                failed[site] = _step(match)
+                failures += failed[site] == 1
         return loss if kept else None
 
     def _try(

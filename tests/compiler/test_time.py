@@ -6,9 +6,9 @@ import functools
 import time
 
 import pytest
-import torch
 
 import graphopt
+from bench.compile_time import IDS, llama
 from graphopt.capture.export import capture
 from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.manager import PassManager
@@ -19,24 +19,8 @@ from graphopt.ir.graph import Graph
 from graphopt.passes.default import pipeline
 from tests.passes._harness import LIMITS
 
-IDS = torch.arange(8)[None]
 FEW, MANY = 12, 96
 AT_MOST, ATTEMPTS = 1.3, 3  # of the time a layer; a busy machine gets another try
-
-
-def llama(layers: int) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaModel
-
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        vocab_size=100,
-        use_cache=False,
-    )
-    return LlamaModel(config).eval()
 
 
 @functools.cache
@@ -80,6 +64,6 @@ def test_two_thousand_nodes_take_seconds() -> None:
     optimized = graphopt.optimize(model, (), {"input_ids": IDS}, effort="fast")
     took = time.process_time() - start
     assert sum(optimized.report.ops_before.values()) > 2000
-    assert took < 60, (
+    assert took < 20, (
         optimized.report.seconds
-    )  # CPU seconds: 27 on a quiet AMD EPYC, half of them torch.export
+    )  # CPU seconds: about 11 on an AMD EPYC, half of them torch.export

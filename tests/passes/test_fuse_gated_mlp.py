@@ -249,3 +249,25 @@ def test_dynamic_experts() -> None:
 def test_dynamic_sizes() -> None:
     ran = run(PASS, gated(F.silu), X, dynamic={"x": {0: "batch", 1: "seq"}})
     ran.counts(gated_mlp=1).agrees(randn(3, 2, 8)).agrees(randn(1, 9, 8))
+
+
+@pytest.mark.parametrize(("sizes", "dim"), [((2, 12), -2), ((12, 2), -1)])
+def test_gate_and_up_behind_a_reshape(sizes: tuple[int, int], dim: int) -> None:
+    def unbound(m, x):
+        gate, up = m.both(x).unflatten(-1, sizes).unbind(dim)
+        return F.silu(gate) * up
+
+    def selected(m, x):
+        both = m.both(x).view(*x.shape[:-1], *sizes)
+        return both.select(dim, 1) * F.gelu(both.select(dim, 0))
+
+    for forward in (unbound, selected):
+        run(PASS, program(forward, both=nn.Linear(8, 24)), X).counts(gated_mlp=1, linear=0, mul=0, reshape=0)
+
+
+def test_a_reshape_of_other_dimensions_stays() -> None:
+    def forward(m, x):
+        gate, up = m.both(x).view(2, 30, 4).unbind(0)
+        return F.silu(gate) * up
+
+    run(PASS, program(forward, both=nn.Linear(8, 24)), X).stays()

@@ -476,3 +476,14 @@ def test_queries_that_any_number_of_sequences_share_are_refused() -> None:
 
     ran = run(PASS, program(forward), Q, K, V, dynamic={n: {0: "batch"} for n in "kv"})
     ran.refuses("the query is repeated along a dynamic dimension")
+
+
+def test_scaled_keys_of_repeated_heads_joined_with_a_dynamic_batch() -> None:
+    def forward(m, q, k, v):
+        key = repeat_kv(k[:, :1], H) / 1.4
+        value = v[:, :1].expand(-1, H, -1, -1)
+        q, k, v = (x.reshape(-1, q.shape[2], D) for x in (0.7 * q, key, value))
+        return (torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v).view(-1, H, q.shape[1], D)
+
+    ran = run(PASSES, program(forward), Q, K, V, dynamic=DYNAMIC).counts(attention=1, softmax=0)
+    ran.agrees(*(randn(3, H, 4, D, seed=i) for i in range(3)))

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from graphopt.capture.export import capture
+from graphopt.compiler.lossy import Budget, LossyManager
+from graphopt.compiler.remarks import Remarks
 from graphopt.passes.prune_channels_by_magnitude import PASS
 from tests._models import randn, randomised
 from tests.passes._harness import program, text
@@ -12,11 +15,11 @@ from tests.passes._lossy import agrees, lossy
 X = randn(2, 5, 8)
 
 
-def mlp(activation=F.gelu, **scales: float) -> nn.Module:
+def mlp(channels: int = 16) -> nn.Module:
     def forward(m, x):
-        return m.down(activation(m.up(x)))
+        return m.down(F.gelu(m.up(x)))
 
-    return randomised(program(forward, up=nn.Linear(8, 16), down=nn.Linear(16, 6)))
+    return randomised(program(forward, up=nn.Linear(8, channels), down=nn.Linear(channels, 6)))
 
 
 def masked(model: nn.Module, count: int) -> list[int]:
@@ -90,7 +93,31 @@ def test_channels_that_are_needed_stay() -> None:
 
 
 def test_dynamic_sizes() -> None:
-    model = mlp(F.silu)
+    model = mlp()
     graph = lossy(PASS, model, X, dynamic={"x": {0: "batch", 1: "seq"}})
     masked(model, 2)
     agrees(graph, model, randn(3, 4, 8))
+
+
+def test_smaller_steps_follow_for_when_the_loss_is_too_much() -> None:
+    matches = list(PASS.matches(lossy(PASS, mlp(32), X, rounds=0)))
+    assert [match["step"] for match in matches] == [4, 2, 1]
+    assert [len(match["kept"]) for match in matches] == [28, 30, 31]
+    damages = [match["damage"] for match in matches]
+    assert damages == sorted(damages, reverse=True)
+
+
+def test_what_an_eighth_loses_too_much_of_is_tried_in_halves() -> None:
+    """Three channels of 32 add next to nothing: an eighth is one too many, two and one fit."""
+    model = mlp(32)
+    with torch.no_grad():
+        for layer, dim in ((model.up.weight, 0), (model.up.bias, 0), (model.down.weight, 1)):
+            layer.transpose(0, dim)[[3, 9, 20]] *= 1e-4
+    graph = capture(model, (X,), {})
+    outcome, loss = LossyManager([PASS], Remarks(), Budget(1e-5)).run(graph, [X])
+    assert [row.kept for row in outcome.rewrites][:2] == [False, True]
+    assert sum(row.kept for row in outcome.rewrites) == 2
+    assert loss <= 1e-5
+    (up, down) = (node for node in graph.calls if node.target is torch.ops.aten.linear.default)
+    assert up.args[1].meta["val"].shape == (29, 8)
+    assert down.args[1].meta["val"].shape == (6, 29)

@@ -26,7 +26,8 @@ from graphopt.ir.graph import is_getitem, is_symbolic
 from graphopt.ir.op import op_of
 from graphopt.ir.tuning import tuned_for
 from graphopt.runtime.executors._protocol import KernelTime, Silent
-from graphopt.runtime.lower_onnx import has_translation, to_onnx
+from graphopt.runtime.lower_onnx import to_onnx
+from graphopt.runtime.onnx_translation import has_translation
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 

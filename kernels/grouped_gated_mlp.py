@@ -1,0 +1,155 @@
+"""The first half of the gated feed-forward blocks of a mixture of experts, one expert a group of rows.
+
+    out[s] = act(x[s] @ gate_weight[e]) * (x[s] @ up_weight[e])    for the expert e of row s
+
+The rows are sorted by expert: ``ends[e]`` is the row behind the last one of expert e, and rows behind the
+last of all become zeros. Without ``ends`` every expert has rows of its own, (E, S, D). ``act`` is as for
+``gated_mlp``.
+
+Source: Jiang et al., Mixtral of Experts (arXiv:2401.04088), section 2.1; rows in groups as in Gale et al.,
+MegaBlocks (arXiv:2211.15841), section 5.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels import gated_mlp
+from graphopt.kernels._onnx import Value, emit, op
+from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+
+SCHEMA = "(Tensor x, Tensor weight, Tensor? ends=None, str activation='silu', bool up_first=False) -> Tensor"
+
+
+def _shape(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor | None = None,
+    activation: str = "silu",
+    up_first: bool = False,
+) -> torch.Tensor:
+    """The shape rule.
+
+    Args:
+        x: (S, D) with ends, (E, S, D) without; floating.
+        weight: (E, D, 2 I), x's dtype: gate and up weights side by side.
+        ends: (E,), int32 or int64, not decreasing, none above S.
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "sigmoid".
+        up_first: whether the up weights come first, not the gate's.
+
+    Returns:
+        An empty (S, I) or (E, S, I) of x's dtype.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the activation is not known.
+    """
+    name = "grouped_gated_mlp"
+    known = ", ".join(gated_mlp.ACTIVATIONS)
+    require(activation in gated_mlp.ACTIVATIONS, f"{name}: activation is one of {known}, not {activation!r}")
+    require_floating(name, x=x, weight=weight)
+    fits = weight.dim() == 3 and x.dim() == (3 if ends is None else 2) and x.shape[-1] == weight.shape[1]
+    fits = fits and (ends is not None or x.shape[0] == weight.shape[0])
+    require(fits, f"{name}: weight {shape_of(weight)} does not fit x {shape_of(x)}")
+    require(weight.shape[2] % 2 == 0, f"{name}: weight {shape_of(weight)} has no two halves")
+    if ends is not None:
+        fits = ends.dim() == 1 and ends.shape[0] == weight.shape[0]
+        fits = fits and ends.dtype in (torch.int32, torch.int64)
+        require(fits, f"{name}: ends {shape_of(ends)} of {ends.dtype} does not fit weight {shape_of(weight)}")
+    return x.new_empty((*x.shape[:-1], weight.shape[2] // 2))
+
+
+def _reference(
+    x: torch.Tensor,
+    weight_EDJ: torch.Tensor,
+    ends_E: torch.Tensor | None = None,
+    activation: str = "silu",
+    up_first: bool = False,
+) -> torch.Tensor:
+    product = torch.bmm(x, weight_EDJ) if ends_E is None else _grouped_product(x, weight_EDJ, ends_E)
+    gate, up = product.chunk(2, dim=-1)[:: -1 if up_first else 1]
+    return (gated_mlp.ACTIVATIONS[activation](gate) * up).contiguous()
+
+
+def _grouped_product(x_SD: torch.Tensor, weight_EDJ: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """(S, J): every row times its expert's weight; zeros behind the last expert's."""
+    out = x_SD.new_zeros(x_SD.shape[0], weight_EDJ.shape[2])
+    start = 0
+    for weight_DJ, end in zip(weight_EDJ, ends_E.tolist(), strict=True):
+        out[start:end] = x_SD[start:end] @ weight_DJ
+        start = end
+    return out
+
+
+def _cost(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor | None = None,
+    activation: str = "silu",
+    up_first: bool = False,
+) -> Cost:
+    """Two products a row; every expert's weights are read, which few rows may not need."""
+    rows, columns = x.numel() // x.shape[-1], weight.shape[2]
+    moved = nbytes(x, weight, ends) + rows * (columns // 2) * x.element_size()
+    return Cost(flops=2.0 * rows * x.shape[-1] * columns, bytes=moved)
+
+
+def _onnx(
+    x: Value, weight: Value, ends: Value | None = None, activation: str = "silu", up_first: bool = False
+) -> Any:
+    """A MatMul an expert, on the rows between its bounds."""
+    product = op.MatMul(x, weight) if ends is None else _onnx_product(x, weight, ends)
+    halves = emit("Split", product, domain="", version=18, outputs=(True, True), axis=-1, num_outputs=2)
+    gate, up = reversed(halves) if up_first else halves
+    return op.Mul(gated_mlp.ONNX_ACTIVATIONS[activation](gate), up)
+
+
+def _onnx_product(x: Value, weight: Value, ends: Value) -> Any:
+    experts, zero = ends.shape[0], op.Constant(value_ints=[0])
+    bounds = op.Concat(zero, op.Cast(ends, to=int(ir.DataType.INT64)), axis=0)
+    each = [
+        op.Slice(bounds, op.Constant(value_ints=[e]), op.Constant(value_ints=[e + 1]), zero)
+        for e in range(experts + 1)
+    ]
+    parts = [
+        op.MatMul(op.Slice(x, start, end, zero), op.Gather(weight, op.Constant(value_int=e), axis=0))
+        for e, (start, end) in enumerate(itertools.pairwise(each))
+    ]
+    rest = op.Sub(op.Shape(x, start=0, end=1), each[-1])
+    shape = op.Concat(rest, op.Shape(weight, start=2), axis=0)
+    parts.append(op.ConstantOfShape(shape, value=ir.tensor([0.0], dtype=x.dtype)))
+    return op.Concat(*parts, axis=0)
+
+
+def _samples() -> Iterator[Sample]:
+    x, weight = torch.randn(7, 12), torch.randn(3, 12, 20) / 12**0.5
+    ends = torch.tensor([2, 5, 7], dtype=torch.int32)
+    for activation in gated_mlp.ACTIVATIONS:
+        yield Sample((x, weight, ends), {"activation": activation}, label=activation)
+    yield Sample((x, weight, ends, "silu", True), label="up first")
+    yield Sample((x, weight, torch.tensor([0, 7, 7])), label="experts without rows")
+    yield Sample((x, weight, torch.tensor([2, 3, 5])), label="rows without expert")
+    yield Sample((x, weight.mT.contiguous().mT, ends), label="weights transposed")
+    yield Sample((100 * x, weight, ends), label="large magnitudes")
+    yield Sample((torch.randn(3, 5, 12), weight), label="rows of each expert")
+    yield Sample((torch.randn(3, 5, 12), weight, None, "gelu", True), label="rows of each expert, up first")
+
+
+def _bad_samples() -> Iterator[BadSample]:
+    x, weight, ends = torch.randn(7, 12), torch.randn(3, 12, 20), torch.tensor([2, 5, 7])
+    yield BadSample((x, weight, ends, "tanh"), match="activation is one of silu")
+    yield BadSample((x, weight), match="does not fit x")
+    yield BadSample((x, weight.mT, ends), match="does not fit x")
+    yield BadSample((torch.randn(2, 7, 12), weight), match="does not fit x")
+    yield BadSample((x, weight[..., :19], ends), match="has no two halves")
+    yield BadSample((x, weight, ends[:2]), match=r"ends \(2,\) of torch.int64 does not fit")
+    yield BadSample((x, weight, ends.float()), match="ends .* of torch.float32 does not fit")
+    yield BadSample((x, weight.double(), ends), match="weight is torch.float64")
+
+
+OP = register(Op("grouped_gated_mlp", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))

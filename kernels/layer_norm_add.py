@@ -1,0 +1,105 @@
+"""The LayerNorm of a block's output, added to the residual stream.
+
+    out = residual + (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+Mean and (biased) variance are over the last dimension. The residual may be one for all sequences, and one of
+the two may be float32 beside a half-precision other: the sum is float32 then.
+
+Source: Liu et al., Swin Transformer V2 (arXiv:2111.09883), section 3.2, residual-post-norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.kernels import _onnx as lowering
+from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_residual, total_bytes
+
+SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> Tensor"
+
+
+def _shape(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """The shape rule.
+
+    Args:
+        x: (..., D), floating.
+        residual: a shape that broadcasts to x's; x's dtype, or one of the two is float32, the other half.
+        weight: (D,), x's dtype; None for ones.
+        bias: (D,), x's dtype; None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        An empty tensor of x's shape and of the type that holds both summands.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require_floating("layer_norm_add", x=x, weight=weight, bias=bias)
+    require_last_dim("layer_norm_add", x, weight=weight, bias=bias)
+    require_residual("layer_norm_add", x, residual)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def _reference(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight_D: torch.Tensor | None,
+    bias_D: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    return (residual + F.layer_norm(x.contiguous(), x.shape[-1:], weight_D, bias_D, eps)).contiguous()
+
+
+def _cost(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> Cost:
+    """Nine operations an element: two a statistic, four to normalise, scale and shift, the sum."""
+    return Cost(flops=9.0 * x.numel(), bytes=nbytes(x, residual, weight, bias) + total_bytes(x, residual))
+
+
+def _onnx(x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float) -> Any:
+    return lowering.added(lowering.layer_norm(x, x, weight, bias, eps), x, residual, op.Sum)
+
+
+def _samples() -> Iterator[Sample]:
+    weight, bias = torch.randn(24), torch.randn(24)
+    x, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    yield Sample((x, residual, weight, bias, 1e-5), label="weight and bias")
+    yield Sample((x, residual, weight, None, 1e-12), label="weight")
+    yield Sample((x, residual, None, None, 1e-5), label="neither")
+    yield Sample((x[0], residual[0], weight, bias, 1e-5), label="two dimensions")
+    yield Sample((x[:, :, None], residual[:, :, None], weight, bias, 1e-5), label="four dimensions")
+    yield Sample((torch.randn(3, 7, 5), torch.randn(3, 7, 5), None, torch.randn(5), 1e-5), label="odd sizes")
+    yield Sample((1e4 * x, residual, weight, bias, 1e-5), label="large magnitudes")
+    yield Sample((x, 1e3 * residual, weight, bias, 1e-5), label="a large residual")
+    yield Sample((x, residual[:1], weight, bias, 1e-5), label="a residual for all sequences")
+    yield Sample((x, residual[0], weight, None, 1e-5), label="a residual of fewer dimensions")
+    yield Sample((x, residual[:, :1], None, None, 1e-5), label="a residual for all positions")
+
+
+def _bad_samples() -> Iterator[BadSample]:
+    x, weight = torch.randn(2, 5, 24), torch.randn(24)
+    yield BadSample((x, x[:, :2], weight, None, 1e-5), match="does not broadcast to x")
+    yield BadSample((x[:1], x, weight, None, 1e-5), match="does not broadcast to x")
+    yield BadSample((x, x.double(), weight, None, 1e-5), match="residual is torch.float64")
+    yield BadSample((x, x, weight[:8], None, 1e-5), match=r"weight has shape \(8,\)")
+    yield BadSample((x, x, weight, weight.double(), 1e-5), match="bias is torch.float64")
+
+
+OP = register(Op("layer_norm_add", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
