@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument(
         "suite",
         choices=[*SUITES, "kernels", "time", "readme", "catalogue"],
-        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or readme:"
-        " only rewrite its tables; or catalogue: what is found in every architecture",
+        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        " readme: only rewrite its tables; or catalogue: what is found in every architecture",
     )
     parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
     parser.add_argument("--rounds", type=int, default=40)

@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.kernel_cases import Case, cases
 from bench import RESULTS
+from bench.kernel_cases import Case, cases
 from graphopt.compiler.compare import worst_error
 from graphopt.compiler.evaluate import widen
 from graphopt.kernels._triton import prefetched_weights
@@ -55,16 +56,16 @@ def run(only: str, against: Sequence[str], tuned: bool, record: bool) -> None:
         "device": torch.cuda.get_device_name(),
         "tuned": tuned,
         "versions": versions(),
-        "commit": commit(RESULTS),
+        "commit": commit(Path.cwd()),
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m bench kernels" + " --tune" * tuned,
     }
-    rows = [
-        {**measure(case, torch.float16, peak, against, tuned), **facts} for case in track(wanted, "kernels")
-    ]
+    rows = []
+    for case in track(wanted, "kernels"):
+        rows.append({**measure(case, torch.float16, peak, against, tuned), **facts})
+        if record:
+            _record(rows[-1:])
     _print(rows)
-    if record:
-        _record(rows)
 
 
 def measure(

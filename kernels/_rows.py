@@ -21,25 +21,27 @@ def refuse_row(length: int) -> str | None:
     return f"a row has {length} elements, more than {LONGEST}" if length > LONGEST else None
 
 
-def row_configs(rows: int, length: int, device: torch.device) -> tuple[Config, ...]:
+def row_configs(rows: int, length: int, device: torch.device, inputs: int = 1) -> tuple[Config, ...]:
     """How many rows a program takes and with how many warps, the likeliest first.
 
     Args:
         rows: of the tensor.
         length: of a row.
         device: that the kernel runs on.
+        inputs: tensors of that shape that are read.
     """
-    return _row_configs(rows, length, processors(device))
+    return _row_configs(rows, length, processors(device), inputs)
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_configs(rows: int, length: int, programs_at_once: int) -> tuple[Config, ...]:
+def _row_configs(rows: int, length: int, processors: int, inputs: int) -> tuple[Config, ...]:
     block = power_of_two(length)
-    # Eight elements a thread are one load of 16 bytes in half precision. Short rows are taken together, while
-    # there remain a few programs for every processor.
-    together = max(1, min(2048 // block, rows // (4 * programs_at_once)))
+    # Eight elements a thread are one load of 16 bytes in half precision; two loads a thread should be on their
+    # way where there is more than one turn for every processor. Short rows are taken together, while there
+    # remain a few programs for every processor.
+    together = max(1, min(2048 // block, rows // (4 * processors)))
     together = 2 ** int(math.log2(together))
-    first = _row_config(together, block, 8)
+    first = _row_config(together, block, 16 if inputs == 1 and rows > 16 * processors else 8)
     others = [_row_config(r, block, each) for r in {1, 2, 4, together} for each in (4, 8, 16, 32)]
     kept = [config for config in others if config.tiles["BLOCK_R"] * block <= LONGEST and config != first]
     return (first, *(config for place, config in enumerate(kept) if config not in kept[:place]))

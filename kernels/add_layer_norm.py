@@ -143,7 +143,7 @@ def _launch(
         "HAS_BIAS": bias is not None,
     }
     key = (rows, features, x.dtype, residual.dtype, *given.values())
-    config = choose(_add_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device))
+    config = choose(_add_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
     args = (out, total, x_RD, wide, weight_D, bias_D, rows, x_RD.stride(0), *layout, eps)
     launch(_add_layer_norm_kernel, grid, *args, D=features, **given, **config.options)

@@ -125,7 +125,7 @@ def _launch(
     weight_D = x if weight is None else weight.contiguous()
     given = {"PERIODIC": layout[0] < rows, "HAS_WEIGHT": weight is not None}
     key = (rows, features, x.dtype, residual.dtype, weight_D.dtype, *given.values())
-    config = choose(_add_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device))
+    config = choose(_add_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
     args = (out, total, x_RD, wide, weight_D, rows, x_RD.stride(0), *layout, eps)
     launch(_add_rms_norm_kernel, grid, *args, D=features, **given, **config.options)

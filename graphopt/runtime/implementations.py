@@ -136,7 +136,9 @@ def _linear_epilogue(
     residual: None = None,
 ) -> torch.Tensor:
     x_MK = x.reshape(-1, x.shape[-1])
-    out_MN: torch.Tensor = aten._addmm_activation(bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
+    out_MN: torch.Tensor = aten._addmm_activation(
+        bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh"
+    )
     return out_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
 

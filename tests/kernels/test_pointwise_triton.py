@@ -15,7 +15,10 @@ from graphopt.kernels._program import COMPARISONS, FUNCTIONS
 from tests.kernels.test_ops import assert_right, cast, outputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # `pytest -m gpu` runs them there, compiled
+]
 
 UNARY = [name for name, function in FUNCTIONS.items() if function.arity == 1]
 ACTIVATIONS = [name for name in TORCH if name != "none"]

@@ -23,7 +23,10 @@ over_samples = pytest.mark.parametrize(("op", "sample"), CASES)
 over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # `pytest -m gpu` runs them there, compiled
+]
 
 
 def prepared(op: Op, sample: Sample, dtype: torch.dtype) -> Sample:
