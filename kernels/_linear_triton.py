@@ -188,9 +188,8 @@ def _linear_tma_kernel(  # type: ignore[no-untyped-def]
         _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         first = tl.program_id(0) // tiles * steps * BLOCK_K
         columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
-        prefetch_weights(
-            weight_ptr, columns, stride_wn, first, tl.minimum(first + steps * BLOCK_K, K), BLOCK_K, 64
-        )
+        end = tl.minimum(first + steps * BLOCK_K, K)
+        prefetch_weights(weight_ptr, columns, stride_wn, first, end, BLOCK_K)
     wait_for_inputs(PDL)
     for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)

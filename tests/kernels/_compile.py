@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ import triton
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.kernel_cases import cases
+from bench.product_cases import products as product_cases
+from graphopt.kernels._linear_configs import Chip, linear_configs
+from graphopt.kernels._linear_triton import products
 from graphopt.kernels._triton import Launch, recorded_launches
 
 RECORDED = Path(__file__).parent / "compiled.json"
@@ -45,6 +50,8 @@ def described(arg: Any, place: tuple[int, ...], attrs: dict, constants: dict) ->
     if isinstance(arg, torch.Tensor):
         attrs[place] = [["tt.divisibility", 16]]
         return POINTERS[arg.dtype]
+    if isinstance(arg, TensorDescriptor):
+        return f"tensordesc<{POINTERS[arg.base.dtype][1:]}{list(arg.block_shape)}>"
     if arg is None or (type(arg) is int and arg == 1):
         constants[place] = arg
         return "constexpr"
@@ -97,14 +104,28 @@ def every() -> dict[str, dict[str, int]]:
     """Usage by kernel, case and GPU; launches that come to the same code once."""
     found: dict[str, dict[str, int]] = {}
     with FakeTensorMode():
-        for case in cases():
+        for case in (*cases(), *product_cases()):
             args = case.make(torch.device("cpu"), torch.float16)
             with recorded_launches() as launches:
                 case.face.launch(*args)
             for launch in launches:
                 for target, arch in TARGETS.items():
                     found[f"{launch.kernel.__name__}, {case.shape}, {target}"] = compiled(launch, arch)
+    with FakeTensorMode():
+        for name, launch in by_tma():
+            for target in ("sm_90", "sm_100"):
+                found[f"{name}, {target}"] = compiled(launch, TARGETS[target])
     return found
+
+
+def by_tma() -> Iterator[tuple[str, Launch]]:
+    """Products as a GPU with a tensor memory accelerator makes them, in the likeliest tiles."""
+    for M, N, K in ((128, 2304, 768), (128, 768, 3072), (1024, 768, 768), (4096, 3072, 768)):
+        config = linear_configs(M, N, K, 2, Chip(132, 232448), True, N < K, False)[0]
+        x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
+        with recorded_launches() as launches:
+            products(x, weight, config, bias, "gelu")
+        yield f"_linear_tma_kernel, {M}x{K} to {N}", launches[0]
 
 
 if __name__ == "__main__":
