@@ -78,7 +78,8 @@ def measure(
     reason = case.face.refuses(*args)
     if reason is not None:
         raise SystemExit(f"{case.kernel} {case.shape}: {reason}")
-    changed = tune(case.face.launch, *args, again=True) if tuned else []
+    with prefetched_weights():
+        changed = tune(case.face.launch, *args, again=True) if tuned else []
     peers = {
         "eager": case.reference,
         "inductor": torch.compile(case.reference, dynamic=False, fullgraph=True),

@@ -201,7 +201,7 @@ def _launch(
     )
     weight_D, bias_D = (word_table if v is None else v.contiguous() for v in (weight, bias))
     key = (rows, length, features, word_table.dtype, *given.values())
-    configs = row_configs(rows, features, word_table.device, inputs=3)
+    configs = row_configs(rows, features, word_table.device)
     config = choose(_embedding_layer_norm_kernel, word_table.device, key, configs)
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
     args = (out, words, types, positions, weight_D, bias_D, rows, length, eps)
