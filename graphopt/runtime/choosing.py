@@ -17,6 +17,7 @@ from graphopt.compiler.reference import Reference
 from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
 from graphopt.errors import said
 from graphopt.ir.graph import Graph, op_name
+from graphopt.kernels._triton import prefetched_weights
 from graphopt.kernels._tuning import REPEATS, interleaved, tune
 from graphopt.runtime.implementations import Implementation, implementations
 
@@ -36,6 +37,7 @@ class Decision:
         chosen: the implementation.
         us: microseconds a call by name, for those that were measured.
         refused: by name why an implementation was not taken.
+        last: ATen's.
         nodes: names of the nodes that it serves.
     """
 
@@ -44,7 +46,21 @@ class Decision:
     chosen: Implementation
     us: dict[str, float]
     refused: dict[str, str]
+    last: Implementation
     nodes: list[str] = field(default_factory=list)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the implementation; should it fail after all, ATen's takes its place from then on."""
+        try:
+            return self.chosen.run(*args, **kwargs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a kernel that compiles for one alignment may not for another
+            if self.chosen is self.last:
+                raise
+            self.refused[self.chosen.name] = said(error).splitlines()[0]
+            self.chosen = self.last
+            return self.last.run(*args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The decision as values that JSON can hold."""
@@ -121,7 +137,7 @@ class Choosing:
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 refused["all but it"] = "memory is too short to compare them"
-        return Decision(op_name(node), _shapes(args, kwargs), best, us, refused)
+        return Decision(op_name(node), _shapes(args, kwargs), best, us, refused, ways[-1])
 
     def _as_before(self, node: fx.Node, right: Sequence[Implementation]) -> Implementation:
         """What was measured to be the best for this op at other sizes, else the first."""
@@ -148,8 +164,8 @@ class Choosing:
         right = []
         for way in others:
             try:
-                with warnings.catch_warnings():  # PyTorch warns of each reason why a backend is none
-                    warnings.simplefilter("ignore")
+                with warnings.catch_warnings(), prefetched_weights():  # as in the capture
+                    warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend is none
                     if way.name == "triton" and self._timed:
                         tune(_rotating(way, copies, kwargs), timer=self._timer)
                     found = reference.compare([way.run(*args, **kwargs)])
@@ -176,7 +192,8 @@ class Choosing:
             return repeat
 
         thunks = [several(_rotating(way, copies, kwargs)) for way in ways]
-        times = (self._timer or interleaved)(thunks)
+        with prefetched_weights():
+            times = (self._timer or interleaved)(thunks)
         return {way.name: time / calls for way, time in zip(ways, times, strict=True)}
 
 

@@ -166,3 +166,36 @@ def test_copies_of_weights_are_as_many_as_the_cache_asks_for(monkeypatch: pytest
     assert all(copy[0] is X for copy in copies)
     assert len({copy[1].data_ptr() for copy in copies}) == 20
     assert all(torch.equal(copy[1], weight) for copy in copies)
+
+
+def test_a_kernel_that_fails_later_hands_over_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fails_on_its_third_call(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
+        calls.append(x)
+        if len(calls) >= 3:
+            raise RuntimeError("misaligned address in the compiler")
+        return exact(x, weight, bias)
+
+    offer(monkeypatch, brittle=fails_on_its_third_call)
+    graph = graph_of(Linears())
+    choose = Choosing(graph, timed=False)
+    node = next(node for node in graph.calls if "linear" in str(node.target))
+    weight, bias = (graph.constant(argument) for argument in node.args[1:3])
+    decision = choose.decide(node, (X, weight, bias), {})
+    assert decision.chosen.name == "brittle"
+    results = [decision.run(X, weight, bias) for _ in range(3)]
+    torch.testing.assert_close(results[0], results[2])
+    assert decision.chosen.name == "aten"
+    assert decision.refused["brittle"] == "RuntimeError: misaligned address in the compiler"
+    assert len(calls) == 3
+
+
+def test_atens_own_failure_is_raised() -> None:
+    graph = graph_of(Linears())
+    node = next(node for node in graph.calls if "linear" in str(node.target))
+    weight, bias = (graph.constant(argument) for argument in node.args[1:3])
+    decision = Choosing(graph, timed=False).decide(node, (X, weight, bias), {})
+    decision.chosen = decision.last
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        decision.run(randn(3, 5), weight, bias)

@@ -132,7 +132,7 @@ class _Chosen(fx.Interpreter):
         if n.op != "call_function" or is_getitem(n) or is_symbolic(n):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        run = self._choosing.decide(n, args, kwargs).chosen.run
+        run = self._choosing.decide(n, args, kwargs).run
         self.runs[n] = run
         return run(*args, **kwargs)
 
