@@ -36,10 +36,10 @@ def row_configs(rows: int, length: int, device: torch.device, inputs: int = 1) -
 @functools.lru_cache(maxsize=1024)
 def _row_configs(rows: int, length: int, processors: int, inputs: int) -> tuple[Config, ...]:
     block = power_of_two(length)
-    # As tuning found on an H100, float16: few rows are fastest one to a warp, which waits for no other (128 rows
-    # of 768: 1.56 us against 1.70 with four warps); many with 32 bytes a thread on their way, of all inputs
-    # together (65536 of 768: 68.2 us against 77.2 with 16). Short rows are taken together, while there remain a
-    # few programs for every processor.
+    # As tuning found on an H100, float16: few rows are fastest one to a warp, which waits for no other (128
+    # rows of 768: 1.56 us against 1.70 with four warps); many with 32 bytes a thread on the way, of all
+    # inputs together (65536 of 768: 68.2 us against 77.2 with 16). Short rows are taken together, while there
+    # remain a few programs for every processor.
     together = max(1, min(2048 // block, rows // (4 * processors)))
     together = 2 ** int(math.log2(together))
     each = 16 if rows > 16 * processors else 32
