@@ -1,8 +1,9 @@
-"""``python -m bench kernels``: the memory-bound Triton kernels beside ATen, Inductor and the roofline.
+"""``python -m bench kernels``: the Triton kernels beside ATen, Inductor and the roofline.
 
 All sides of a case run in one process, in CUDA graphs replayed in turn. Warm, a graph calls one set of
 arguments again and again, so that small ones stay in the L2 cache; cold, it goes through copies of them that
-together are four times that cache. The roofline is what a copy of 1 GiB moves, measured in the same run.
+together are four times that cache. The roofline is the later of what a copy of 1 GiB moves and what cuBLAS
+multiplies at 8192 x 8192 x 8192, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from bench import RESULTS
 from bench.kernel_cases import Case, cases
+from bench.product_cases import products
 from graphopt.compiler.compare import worst_error
 from graphopt.compiler.evaluate import widen
 from graphopt.kernels._triton import prefetched_weights
@@ -49,10 +51,11 @@ def run(only: str, against: Sequence[str], tuned: bool, record: bool) -> None:
     """
     if not torch.cuda.is_available():
         raise SystemExit("python -m bench kernels needs a CUDA GPU")
-    peak = copy_bandwidth()
-    wanted = [case for case in cases() if only in f"{case.kernel} {case.shape}"]
+    peaks = copy_bandwidth(), product_rate()
+    wanted = [case for case in (*cases(), *products()) if only in f"{case.kernel} {case.shape}"]
     facts = {
-        "roofline_TBps": round(peak / 1e12, 3),
+        "roofline_TBps": round(peaks[0] / 1e12, 3),
+        "roofline_TFLOPs": round(peaks[1] / 1e12, 1),
         "device": torch.cuda.get_device_name(),
         "tuned": tuned,
         "versions": versions(),
@@ -62,14 +65,14 @@ def run(only: str, against: Sequence[str], tuned: bool, record: bool) -> None:
     }
     rows = []
     for case in track(wanted, "kernels"):
-        rows.append({**measure(case, torch.float16, peak, against, tuned), **facts})
+        rows.append({**measure(case, torch.float16, peaks, against, tuned), **facts})
         if record:
             _record(rows[-1:])
     _print(rows)
 
 
 def measure(
-    case: Case, dtype: torch.dtype, peak: float, against: Sequence[str], tuned: bool
+    case: Case, dtype: torch.dtype, peaks: tuple[float, float], against: Sequence[str], tuned: bool
 ) -> dict[str, Any]:
     """One row: microseconds by side, cold and warm, bytes, the share of the roofline, and errors by side."""
     torch._dynamo.reset()
@@ -91,7 +94,8 @@ def measure(
     }
     exact = case.reference(*widen(args))
     errors = {side: worst_error(_outputs(call(*args)), _outputs(exact)) for side, call in sides.items()}
-    moved = case.cost(args).bytes
+    cost = case.cost(args)
+    moved, least = cost.bytes, max(cost.bytes / peaks[0], cost.flops / peaks[1])
     sets = _copies(args, moved)
     with prefetched_weights():
         cold = interleaved([_calls(call, sets) for call in sides.values()])
@@ -105,7 +109,7 @@ def measure(
         "us_warm": {side: round(us, 3) for side, us in zip(sides, warm, strict=True)},
         "bytes": int(moved),
         "roofline_percent": {
-            side: round(100 * moved / (us * 1e-6 * peak), 1) for side, us in zip(sides, cold, strict=True)
+            side: round(100 * least / (us * 1e-6), 1) for side, us in zip(sides, cold, strict=True)
         },
         "error": errors,
         "configuration": best,
@@ -118,6 +122,12 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     calls = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
     return 2 * source.nbytes / (1e-6 * min(interleaved([[call] * 4 for call in calls])))
+
+
+def product_rate() -> float:
+    """FLOPs a second of a large product in float16, which memory does not hold up."""
+    a, b = (torch.randn(8192, 8192, device="cuda").half() for _ in range(2))
+    return float(2 * 8192**3 / (1e-6 * min(interleaved([[lambda: torch.mm(a, b)] * 4]))))
 
 
 def interleaved(sides: Sequence[Sequence[Thunk]]) -> list[float]:

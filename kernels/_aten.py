@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphopt.ir.op import TritonFace, op_of
-from graphopt.kernels import pointwise, rms_norm
+from graphopt.kernels import linear_activation, pointwise, rms_norm
 from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
 from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
 from graphopt.kernels._tuning import choose
@@ -152,6 +152,7 @@ def _softmax_refuses(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None
 
 _GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
 FACES: dict[Any, TritonFace] = {
+    aten.linear.default: linear_activation.FACE,  # its first three arguments
     aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
     aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
     aten.softmax.int: TritonFace(_softmax, _softmax_refuses),

@@ -306,7 +306,8 @@ def attend(
         return out.zero_()
     query, key, value = (last_contiguous(x) for x in (query, key, value))
     strides = [x.stride()[:3] for x in (query, key, value)]
-    kind, mask_strides = 0, (0, 0, 0, 0)
+    kind = 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = 1 if mask.dtype == torch.bool else 2
         mask_strides = mask.expand(B, H, S, T).stride()

@@ -111,7 +111,7 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
 
 def _parts(whole: int, K: int, chip: Chip) -> int:
     """Parts of the depth so that as many programs as processors have work, and each enough of it."""
-    wanted = min(chip.processors // whole, K // DEEPEST, MOST_PARTS)
+    wanted = min(chip.processors // max(whole, 1), K // DEEPEST, MOST_PARTS)
     return 1 << max(wanted, 1).bit_length() - 1
 
 

@@ -273,7 +273,7 @@ def products(
     if config == BY_CUBLAS:
         return x @ weight.T
     (M, K), N = x.shape, weight.shape[0]
-    constants = {"ACTIVATION": activation, **config.options}
+    constants: dict[str, Any] = {"ACTIVATION": activation, **config.options}
     tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
     shape, dtype = ((M, N), x.dtype) if splits == 1 else ((splits, M, N), torch.float32)
     out = x.new_empty(shape, dtype=dtype)
@@ -285,13 +285,14 @@ def products(
         programs = parts if tma == EACH else min(parts, processors(x.device))
         moved = described(x, m, k), described(weight, n, k)
         result = described(out, m, n) if splits == 1 else None
-        args = out, weight, *moved, bias, residual, result, M, N, K, weight.stride(0), stride_rm, parameter
-        launch(_linear_tma_kernel, (programs,), *args, **constants)
+        numbers = M, N, K, weight.stride(0), stride_rm, parameter
+        args = out, weight, *moved, bias, residual, result
+        launch(_linear_tma_kernel, (programs,), *args, *numbers, **constants)
         return out
     strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
     constants["EVEN_K"] = K % (k * splits) == 0
-    args = x, weight, bias, residual, out, M, N, K, *strides, parameter
-    launch(_linear_kernel, (triton.cdiv(M, m) * triton.cdiv(N, n), splits), *args, **constants)
+    grid = triton.cdiv(M, m) * triton.cdiv(N, n), splits
+    launch(_linear_kernel, grid, x, weight, bias, residual, out, M, N, K, *strides, parameter, **constants)
     return out
 
 
@@ -346,8 +347,8 @@ def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: b
 
 
 def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether TMA can move the tiles: sm_90, rows together and on 16 bytes, those of the result too."""
-    if capability(x.device) < WITH_TMA:
+    """Whether TMA can move the tiles: on sm_90, nothing empty, rows together and on 16 bytes."""
+    if capability(x.device) < WITH_TMA or 0 in (*x.shape, *weight.shape):
         return False
     addresses = [t.data_ptr() for t in (x, weight)] + [t.stride(0) * t.element_size() for t in (x, weight)]
     together = all(t.stride(1) == 1 for t in (x, weight))

@@ -199,7 +199,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; an H100's for what is no GPU."""
     if device.type != "cuda":
         return 232448
-    most: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    most: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return most
 
 

@@ -207,7 +207,11 @@ def _launch(
     biases = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
     strides = x_MK.stride(0), *gate_weight.stride(), *up_weight.stride()
     args = out, x_MK, *weights, *biases, M, N, K, *strides
-    constants = {"ACTIVATION": activation, "EVEN_K": K % k == 0, "PREFETCH": M <= FEW_ROWS and together}
+    constants: dict[str, Any] = {
+        "ACTIVATION": activation,
+        "EVEN_K": K % k == 0,
+        "PREFETCH": M <= FEW_ROWS and together,
+    }
     grid = (triton.cdiv(M, m) * triton.cdiv(N, n),)
     launch(_gated_mlp_kernel, grid, *args, **constants, **config.options)
     return out
