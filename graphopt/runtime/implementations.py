@@ -55,7 +55,7 @@ def implementations(
     ways: list[Implementation] = []
     refused: dict[str, str] = {}
     empty = any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in (*args, *kwargs.values()))
-    face = None if empty else _triton_face(target)
+    face = None if empty else triton_face(target)
     if face is not None:
         reason = _refusal(face, args, kwargs)
         if reason is None:
@@ -67,11 +67,6 @@ def implementations(
     op = op_of(target)
     ways.append(Implementation("aten", target if op is None else op.reference))
     return ways, refused
-
-
-def _triton_face(target: Any) -> TritonFace | None:
-    """The kernels for a target; those of ``linear_activation`` take what ``aten.linear`` takes."""
-    return linear_activation.OP.triton if target is aten.linear.default else triton_face(target)
 
 
 def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
