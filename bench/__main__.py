@@ -4,84 +4,131 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import torch
+import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from bench import RESULTS, catalogue, compile_time, kernels
-from bench.models import SUITES
+from bench import RESULTS, catalogue, compile_time, gate, kernels
 from bench.readme import update_readme
-from graphopt.bench.case import Setting, run_case
-from graphopt.bench.peers import PEERS
+from bench.suites import SUITES
+from graphopt.bench import peers, table
+from graphopt.bench.case import Case, Setting
+from graphopt.bench.page import write_page
+from graphopt.bench.rows import line, read_all, require_appendable
+from graphopt.cli._errors import told
+from graphopt.cli.bench import run_cases
+from graphopt.observe.files import write_text
 
 
 def main() -> None:
     """Measure, record, print, and bring the README's tables up to date."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    if sys.argv[1:2] == ["gate"]:
+        gate.main(sys.argv[2:])
+        return
+    given = _parser().parse_args()
+    if given.suite in PAGES:
+        PAGES[given.suite]()
+        return
+    if given.suite == "time":
+        _time(given)
+        return
+    if given.suite == "kernels":
+        against = (given.against or "eager,inductor").split(",")
+        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
+        return
+    try:
+        with told(debug=given.debug):
+            raise typer.Exit(_measure(given))
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+
+
+def _catalogue() -> None:
+    every = track(list(catalogue.cases()), "architectures")
+    catalogue.update_page([catalogue.measure(*case) for case in every])
+
+
+def _time(given: argparse.Namespace) -> None:
+    threads = given.threads or torch.get_num_threads()
+    layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
+    rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
+    Console().print(compile_time.table(rows))
+    if given.dry:
+        return
+    path, command = RESULTS / "time.jsonl", f"python -m bench time --threads {threads}"
+    old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    kept = [row for row in old if row["case"] not in layers]
+    write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
+
+
+# What is made without measuring sides against each other, by the name of its page.
+PAGES = {"readme": update_readme, "catalogue": _catalogue}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog="Suites: " + "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()) + ".",
+    )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "kernels", "time", "readme", "catalogue"],
+        choices=[*SUITES, "kernels", "time", *PAGES],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
-        " readme: only rewrite its tables; or catalogue: what is found in every architecture",
+        " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
+        " options of its own: python -m bench gate -h)",
     )
-    parser.add_argument("--against", default="eager,onnxruntime,inductor", help="peers, by comma")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", help="peers, by comma; by default the suite's")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
+    parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
-    given = parser.parse_args()
-    if given.suite == "kernels":
-        kernels.run(given.only, given.against.split(","), tuned=given.tune, record=not given.dry)
-        return
-    if given.suite == "catalogue":
-        every = track(list(catalogue.cases()), "architectures")
-        catalogue.update_page([catalogue.measure(*case) for case in every])
-        return
-    if given.suite == "time":
-        layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
-        rows = [compile_time.measure(case, count, given.threads) for case, count in layers.items()]
-        Console().print(compile_time.table(rows))
-        if not given.dry:
-            _record("time", rows, f"python -m bench time --threads {given.threads}")
-        return
-    if given.suite != "readme":
-        peers = [peer for peer in given.against.split(",") if peer]
-        unknown = [peer for peer in peers if peer not in PEERS]
-        if unknown:
-            parser.error(f"unknown peer {unknown[0]!r}; the peers are: {', '.join(PEERS)}")
-        cases = {name: make for name, make in SUITES[given.suite].items() if given.only in name}
-        rows = [run_case(n, make, peers, Setting(given.rounds, given.threads)) for n, make in cases.items()]
-        _print(rows)
-        if given.dry:
-            return
-        _record(
-            given.suite,
-            rows,
-            f"python -m bench {given.suite} --against {given.against} --rounds {given.rounds}",
-        )
-    update_readme()
+    parser.add_argument("--debug", action="store_true", help="show what the cases' processes print")
+    return parser
 
 
-def _record(suite: str, rows: list[dict[str, object]], command: str) -> None:
-    """One JSON line a case; a case measured again takes its old row's place."""
-    path = RESULTS / f"{suite}.jsonl"
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    new = {row["case"] for row in rows}
-    kept = [row for row in old if row["case"] not in new]
-    lines = [json.dumps({**row, "command": command} if row in rows else row) for row in (*kept, *rows)]
-    path.write_text("\n".join(lines) + "\n")
+def _measure(given: argparse.Namespace) -> int:
+    suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
+    setting = Setting(
+        tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
+    )
+    cases = [case for case in _runnable(suite.cases) if given.only in case.name]
+    if not cases:
+        print("nothing to measure here")
+        return 2
+    if not given.dry:
+        RESULTS.mkdir(exist_ok=True)
+        require_appendable(recorded)
+    run = run_cases(cases, setting, None if given.dry else recorded, debug=given.debug)
+    if run.rows:
+        table.show(run.rows, Console())
+    if run.rows and not given.dry:
+        _compact(recorded)
+        update_readme()
+    return run.exit_code
 
 
-def _print(rows: list[dict[str, object]]) -> None:
-    table = Table("case", "side", "median ms", "ratio to graphopt [95%]", "error")
-    for row in rows:
-        for side, times in row["ms"].items():  # type: ignore[attr-defined]
-            ratio = row["noise"] if side == "graphopt again" else row["ratio"].get(side)  # type: ignore[attr-defined]
-            text = f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else ""  # type: ignore[index]
-            table.add_row(str(row["case"]), side, f"{times['median']:.2f}", text, f"{row['error'][side]:.1e}")  # type: ignore[index]
-    Console().print(table)
+def _runnable(cases: Sequence[Case]) -> list[Case]:
+    """The cases whose device is here; the others are named."""
+    here = [case for case in cases if not case.device.startswith("cuda") or torch.cuda.is_available()]
+    for case in cases:
+        if case not in here:
+            print(f"left out: {case.name}: needs a CUDA GPU and a CUDA build of PyTorch")
+    return here
+
+
+def _compact(recorded: Path) -> None:
+    """Of a case measured again only the newest row stays; the page beside is written anew."""
+    found = read_all([recorded])
+    write_text(recorded, "".join(map(line, found)))
+    write_page(recorded.with_suffix(".html"), found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from rich.table import Column, Table
 
 import graphopt
-from graphopt.bench.case import Setting, context
+from graphopt.bench.case import context
 
 IDS = torch.arange(8)[None]
 CASES = {f"llama-{layers}": layers for layers in (12, 24, 36, 48, 96)}  # 36 layers are about 2,000 nodes
@@ -59,7 +59,7 @@ def measure(case: str, layers: int, threads: int) -> dict[str, Any]:
             (report.seconds["rewrite"] + report.seconds["verify"]) / layers, 5
         ),
         "chosen": report.chosen.name,
-        **context(Setting(1, threads)),
+        **context(torch.device("cpu")),
     }
 
 

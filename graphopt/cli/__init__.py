@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from graphopt.cli.bench import bench
 from graphopt.cli.bisect import bisect
+from graphopt.cli.check import check
 from graphopt.cli.explain import explain
+from graphopt.cli.lock import lock
 from graphopt.cli.optimize import optimize
 
 app = typer.Typer(
@@ -19,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (optimize, explain, bisect):
+for command in (optimize, explain, bisect, bench, lock, check):
     app.command()(command)
 
 

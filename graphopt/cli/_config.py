@@ -1,4 +1,4 @@
-"""``[tool.graphopt]`` of the nearest pyproject.toml: which passes run, for every command started there."""
+"""``[tool.graphopt]`` of the nearest pyproject.toml: which passes run, and the gate's budgets."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ def passes(
     )
 
 
+def check_settings(start: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """The table ``check`` with the gate's budgets, and where it stands; ``gate/budgets.py`` reads it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path, settings = _settings(start or Path.cwd())
+    return f"[tool.graphopt.check] of {path}", settings.get("check", {})
+
+
 def _settings(start: Path) -> tuple[Path, dict[str, Any]]:
     for folder in (start, *start.parents):
         path = folder / "pyproject.toml"
@@ -97,6 +107,7 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "level": ("a number from 0 to 3", _is_level),
     "enable": ("a list of names of passes", _are_names),
     "disable": ("a list of names of passes", _are_names),
+    "check": ("a table of budgets", lambda value: isinstance(value, dict)),
     "passes": ("a list of modules that register passes", _are_names),
 }
 

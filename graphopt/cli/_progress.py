@@ -6,21 +6,31 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextlib.contextmanager
-def bar(quiet: bool) -> Iterator[Callable[[str, float], None]]:
+def bar(quiet: bool, *, left: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr, gone when the work is done.
 
     Args:
         quiet: show nothing.
+        left: show also how much time is left; for work whose parts take about as long as they say.
 
     Yields:
         A function of (what is being done, fraction done), as ``graphopt.optimize`` calls it.
     """
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn())
+    columns = [SpinnerColumn(), TextColumn("{task.description:<30}"), BarColumn(), TimeElapsedColumn()]
+    if left:
+        columns += [TextColumn("left"), TimeRemainingColumn()]
     with Progress(
         *columns, console=console, transient=True, disable=quiet or not console.is_terminal
     ) as shown:

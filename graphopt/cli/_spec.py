@@ -41,7 +41,14 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def load(spec: str, *, batch: int = 1, seq: int | None = None, target: str = "auto") -> Loaded:
+def load(
+    spec: str,
+    *,
+    batch: int = 1,
+    seq: int | None = None,
+    target: str = "auto",
+    sizes: Mapping[str, int] | None = None,
+) -> Loaded:
     """Load the model that a SPEC names. Nothing is ever downloaded.
 
     A factory is the user's own code and runs. So may a ``.pt2`` file, whose example inputs and constants
@@ -52,20 +59,25 @@ def load(spec: str, *, batch: int = 1, seq: int | None = None, target: str = "au
         batch: batch size of inputs that are made here (Hugging Face directories).
         seq: their number of tokens; None for 128, or as many as the model takes.
         target: a Hugging Face model is put on this device, when it is one.
+        sizes: what a factory is called with, by the names of its parameters; of a Hugging Face directory's
+            inputs ``batch`` and ``seq``, in place of the above.
 
     Raises:
         SpecError: it does not lead to a model.
     """
-    path = Path(spec).expanduser()
+    path, sizes = Path(spec).expanduser(), dict(sizes or {})
     if spec.endswith(".pt2"):
+        _refuse_sizes(f"{path.name}, an exported program with its inputs,", sizes)
         return _exported(path)
     if path.is_dir():
         from graphopt.cli import _huggingface
 
+        batch, seq = sizes.pop("batch", batch), sizes.pop("seq", seq)
+        _refuse_sizes(f"{path.name}, a Hugging Face directory,", sizes)
         model, inputs, notes = _huggingface.load(path, batch, seq, target)
         return Loaded("huggingface", model, (), inputs, notes)
     if found := _FACTORY.fullmatch(spec):
-        return _made(spec, _find_factory(found["module"], found["name"], spec))
+        return _made(spec, _find_factory(found["module"], found["name"], spec), sizes)
     what = "is a file that graphopt does not read" if path.exists() else "leads to no model"
     raise SpecError(f"SPEC {spec!r} {what}", hint=f"name {_FORMS}")
 
@@ -90,6 +102,18 @@ def _exported(path: Path) -> Loaded:
             hint="write it again with torch.export.save(torch.export.export(model, args), path)",
         )
     return Loaded("pt2", program)
+
+
+def named(spec: str) -> Any:
+    """What ``package.module:name`` stands for.
+
+    Raises:
+        SpecError: it is not written like that, or there is nothing of that name.
+    """
+    found = _FACTORY.fullmatch(spec)
+    if found is None:
+        raise SpecError(f"{spec!r} names no function", hint="write it as package.module:function")
+    return _find_factory(found["module"], found["name"], spec)
 
 
 def _find_factory(module_name: str, name: str, spec: str) -> Any:
@@ -129,8 +153,15 @@ def _import(name: str, spec: str) -> ModuleType:
         raise _user_error(f"{name} does not import", error, spec) from error
 
 
-def _made(spec: str, factory: Any) -> Loaded:
-    """Call a factory, and see what it returns."""
+def _refuse_sizes(what: str, sizes: Mapping[str, int], where: str | None = None) -> None:
+    if sizes:
+        name = next(iter(sizes))
+        hint = f"leave {name} out, or name package.module:factory, a function with a parameter {name}"
+        raise SpecError(f"{what} takes no {name}", where=where, hint=hint)
+
+
+def _made(spec: str, factory: Any, sizes: Mapping[str, int]) -> Loaded:
+    """Call a factory with the sizes asked for, and see what it returns."""
     if isinstance(factory, torch.nn.Module) or not callable(factory):
         kind = type(factory).__name__
         raise SpecError(
@@ -138,9 +169,12 @@ def _made(spec: str, factory: Any) -> Loaded:
             hint="name a function without arguments that returns (model, args) or (model, args, kwargs)",
         )
     try:
-        needed = [p.name for p in inspect.signature(factory).parameters.values() if _is_needed(p)]
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(factory).parameters
     except ValueError:  # a callable written in C tells no signature
-        needed = []
+        parameters = {}
+    unknown = {name: size for name, size in sizes.items() if name not in parameters}
+    _refuse_sizes(spec, unknown, _place(factory))
+    needed = [name for name, p in parameters.items() if _is_needed(p) and name not in sizes]
     if needed:
         raise SpecError(
             f"{spec} takes arguments: {', '.join(needed)}",
@@ -148,7 +182,7 @@ def _made(spec: str, factory: Any) -> Loaded:
             hint="name a callable without arguments",
         )
     try:
-        made = factory()
+        made = factory(**sizes)
     except Exception as error:
         raise _user_error(f"{spec} raises", error, spec) from error
     match made:

@@ -6,10 +6,13 @@ import platform
 import subprocess
 from pathlib import Path
 
+import torch
+
 
 def cpu_name() -> str:
-    """The processor as Linux names it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    """The processor as Linux names it; elsewhere as Python does."""
+    known = Path("/proc/cpuinfo")
+    for line in known.read_text().splitlines() if known.is_file() else ():
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor()
@@ -24,3 +27,17 @@ def commit(folder: Path) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.strip() + ("+" if changed.strip() else "")
+
+
+def device_name(device: torch.device) -> str:
+    """The processor or the GPU, as its maker names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def driver() -> str:
+    """The version of NVIDIA's kernel driver; "" where there is none."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return ""
+    return next((word for word in words if word.replace(".", "").isdecimal() and "." in word), "")

@@ -51,8 +51,8 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, graphopt, and what it stands on."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, graphopt, what it stands on, and other packages that are installed."""
     found = {"python": platform.python_version()}
     for package in (
         "graphopt",
@@ -62,6 +62,7 @@ def versions() -> dict[str, str]:
         "onnxruntime-gpu",
         "onnxruntime",
         "transformers",
+        *others,
     ):
         try:
             found[package] = version(package)

@@ -1,4 +1,4 @@
-"""The method of every comparison: sides in interleaved rounds, ratios with a bootstrap interval."""
+"""The method of every comparison: interleaved rounds, ratios with a bootstrap interval, a noise floor."""
 
 from __future__ import annotations
 
@@ -6,21 +6,128 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+
+Run = Callable[[], object]
+Clock = Callable[[Run], float]
+Verdict = Literal["faster", "level", "slower"]
+
+_WARM_UP = 3
+_MIN_ROUNDS = 3  # however little time is given: below, there are no quartiles to speak of
 
 
-def interleave(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times in milliseconds, in rounds of A B C, C B A, so that drift hits every side alike."""
+class Interrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C between the first round and the last.
+
+    Args:
+        times: of the rounds that were complete by then, in milliseconds by side.
+    """
+
+    def __init__(self, times: dict[str, list[float]]) -> None:
+        super().__init__("interrupted")
+        self.times = times
+
+
+def interleave(
+    sides: Mapping[str, Run],
+    rounds: int,
+    *,
+    seconds: float | None = None,
+    clock: Clock | None = None,
+    on_round: Callable[[float], None] | None = None,
+) -> dict[str, list[float]]:
+    """Times in milliseconds, in rounds of A B C, C B A, so that drift hits every side alike.
+
+    Args:
+        sides: each runs once when called.
+        rounds: at most so many; each runs every side once forwards and once backwards.
+        seconds: begin no round after so many, the first three excepted; None for all rounds.
+        clock: runs a side and tells its time; by default the wall's.
+        on_round: called after every round with the fraction of the rounds, or of the time, that is done.
+
+    Returns:
+        Two times a round and side, in order.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the complete rounds.
+    """
+    clock = clock or wall_clock
     names = list(sides)
     for name in names:
-        for _ in range(3):
-            sides[name]()
+        for _ in range(_WARM_UP):
+            clock(sides[name])
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in (*names, *reversed(names)):
-            start = time.perf_counter()
-            sides[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
+    start, done = time.perf_counter(), 0
+    try:
+        while done < rounds:
+            spent = 0.0 if seconds is None else (time.perf_counter() - start) / max(seconds, 1e-9)
+            if spent >= 1 and done >= _MIN_ROUNDS:
+                break
+            row = [(name, clock(sides[name])) for name in (*names, *reversed(names))]
+            for name, took in row:
+                times[name].append(took)
+            done += 1
+            if on_round is not None:
+                on_round(min(1.0, max(done / rounds, spent)))
+    except KeyboardInterrupt:
+        raise Interrupted({name: row[: 2 * done] for name, row in times.items()}) from None
     return times
+
+
+# Clocks
+
+
+def wall_clock(run: Run) -> float:
+    """The time of one call in milliseconds, on the wall; for work that ends when the call does."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _settled_clock(run: Run) -> float:
+    run()
+    return wall_clock(run)
+
+
+def clock_of(device: torch.device, *, cold: bool = False) -> Clock:
+    """The clock for work on a device.
+
+    Args:
+        device: where the sides run.
+        cold: drive their data out of the L2 cache before every call; on a GPU only.
+
+    Returns:
+        A clock that runs a side once before the call that it times, so that every side finds caches and
+        thread pools as its own calls leave them, whoever ran before. On a CPU it is the wall's. On a GPU it
+        is one of events around the call, on the current stream: from an idle device to the last kernel's
+        end, launches included. With a cold L2 the launches overlap with the kernel that empties it, so that
+        what is measured is closer to the kernels alone.
+    """
+    if device.type != "cuda":
+        return _settled_clock
+    flush = None
+    if cold:
+        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def clock(run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()
+        torch.cuda.synchronize(device)
+        if flush is not None:
+            flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return clock
+
+
+# Verdicts
 
 
 def ratio(peer: list[float], own: list[float], draws: int = 2000) -> dict[str, float]:
@@ -37,7 +144,30 @@ def ratio(peer: list[float], own: list[float], draws: int = 2000) -> dict[str, f
     return {"ratio": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
+def noise_floor(again: Mapping[str, float]) -> float:
+    """What a side differs from itself by: the far end of the interval of its A/A ratio, as a fraction."""
+    return max(1 / again["low"], again["high"]) - 1
+
+
+def verdict(found: Mapping[str, float], floor: float) -> Verdict:
+    """What a ratio of a peer to graphopt lets one say of graphopt.
+
+    Args:
+        found: what ``ratio`` returns.
+        floor: the noise floor, as a fraction.
+
+    Returns:
+        ``faster`` or ``slower`` only where the whole interval lies on that side of 1, and the ratio beyond
+        the noise floor; ``level`` otherwise.
+    """
+    if found["low"] > 1 and found["ratio"] > 1 + floor:
+        return "faster"
+    if found["high"] < 1 and found["ratio"] < 1 / (1 + floor):
+        return "slower"
+    return "level"
+
+
 def quartiles(row: list[float]) -> dict[str, float]:
-    """The median of times, and the quartiles below and above it."""
-    lower, middle, upper = statistics.quantiles(row, n=4)
-    return {"median": round(middle, 3), "lower": round(lower, 3), "upper": round(upper, 3)}
+    """The median of times, and the quartiles below and above it, to four digits."""
+    lower, middle, upper = (float(f"{value:.4g}") for value in statistics.quantiles(row, n=4))
+    return {"median": middle, "lower": lower, "upper": upper}

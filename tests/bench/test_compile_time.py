@@ -26,7 +26,7 @@ def test_a_row_says_where_the_time_goes(
     assert row["layers"] == 2
     assert row["nodes"] > 2 * row["nodes_after"] > 0
     assert row["threads"] == 1
-    assert {"device", "commit", "versions", "command", "cpu_seconds"} <= set(row)
+    assert {"device_name", "commit", "versions", "command", "cpu_seconds"} <= set(row)
     assert "llama-2" in capsys.readouterr().out
 
 

@@ -1,14 +1,24 @@
 """The benchmark runner: what it claims of two sides must be so."""
 
-import random
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
-from graphopt.bench.case import Setting, run_case
-from graphopt.bench.peers import PEERS, tensors
-from graphopt.runtime.rounds import interleave, ratio
+from graphopt.bench import side
+from graphopt.bench.case import Case, Setting, command_of, run_case
+from graphopt.bench.peer import Mode, Peer, Problem, eager
+from graphopt.bench.peers import PEERS, named
+from graphopt.errors import GraphoptError, InputError
+from graphopt.runtime import rounds
+
+CPU = torch.device("cpu")
 
 
 def tiny() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:
@@ -16,50 +26,217 @@ def tiny() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor
     return model, (torch.randn(4, 32),), {}
 
 
-def test_a_side_that_sleeps_longer_is_found_slower() -> None:
-    def sleeping(seconds: float) -> object:
-        return lambda: time.sleep(seconds)
-
-    times = interleave({"short": sleeping(0.002), "long": sleeping(0.006)}, rounds=8)  # type: ignore[dict-item]
-    found = ratio(times["long"], times["short"])
-    assert found["low"] <= found["ratio"] <= found["high"]
-    assert found["low"] > 1.5
+def bert() -> tuple[torch.nn.Module, tuple[torch.Tensor], dict[str, torch.Tensor]]:
+    config = BertConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    ids = torch.randint(1, 50, (3, 12))
+    return BertModel(config).eval(), (ids,), {"attention_mask": torch.ones_like(ids)}
 
 
-def test_equal_sides_have_an_interval_around_one() -> None:
-    source = random.Random(1)
-    rows = [[source.gauss(10, 1) for _ in range(200)] for _ in range(2)]
-    found = ratio(*rows)
-    assert found["low"] < 1 < found["high"]
+def measure(case: Case, made: Any, against: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    return run_case(case, *made, Setting(against, rounds=4, threads=1), **options)
 
 
-def test_rounds_run_forwards_and_backwards() -> None:
-    order: list[str] = []
-    sides = {name: (lambda name=name: order.append(name) or []) for name in "abc"}
-    interleave(sides, rounds=2)  # type: ignore[arg-type]
-    assert "".join(order[9:]) == "abccba" * 2  # nine warm-up calls first
+def peer(monkeypatch: pytest.MonkeyPatch, name: str, *modes: Mode) -> None:
+    monkeypatch.setitem(PEERS, name, Peer(name, lambda problem: modes))
 
 
-@pytest.mark.parametrize("peer", ["eager", "onnxruntime"])
-def test_peers_compute_what_the_model_computes(peer: str) -> None:
+def slowed(seconds: float) -> Callable[[Problem], Any]:
+    def build(problem: Problem) -> Any:
+        run = eager(problem.model, problem.args, problem.kwargs)
+        return lambda: (time.sleep(seconds), run())[1]
+
+    return build
+
+
+@pytest.mark.parametrize("make", [tiny, bert])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+def test_peers_compute_what_the_model_computes(name: str, make: Any, tmp_path: Path) -> None:
+    if reason := PEERS[name].absent(CPU):
+        pytest.skip(f"{name}: {reason}")
+    model, args, kwargs = make()
+    problem = Problem(model, args, kwargs, CPU, tmp_path)
+    modes = PEERS[name].modes(problem)
+    assert [mode.name for mode in modes] == (
+        ["", "transformers optimizer"] if (name, make) == ("onnxruntime", bert) else [""]
+    )
+    with torch.no_grad():
+        wanted = model.double()(*args, **kwargs) if make is bert else model.double()(args[0].double())
+    model.float()
+    for mode in modes:
+        run = mode.build(problem)
+        for _ in range(2):
+            for got, want in zip(run(), wanted.values() if make is bert else [wanted], strict=True):
+                assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+
+
+@pytest.mark.slow
+def test_inductors_modes_are_compiled_apart(tmp_path: Path) -> None:
     model, args, kwargs = tiny()
-    (got,) = PEERS[peer](model, args, kwargs)()
-    (want,) = tensors(model.double()(args[0].double()))
-    assert float((got - want).detach().abs().max() / want.detach().abs().max()) < 1e-6
+    problem = Problem(model, args, kwargs, CPU, tmp_path)
+    counters = torch._dynamo.utils.counters["stats"]
+    default, tuned = PEERS["inductor"].modes(problem)
+    (alone,) = PEERS["inductor-max"].modes(problem)
+    assert (default.name, tuned.name, alone.name) == ("default", "max-autotune", "max-autotune")
+    runs, graphs = [], []
+    for mode in (default, tuned):
+        runs.append(mode.build(problem))
+        graphs.append(counters["unique_graphs"])
+    assert graphs[1] == graphs[0] + 1
+    for run in runs * 2:
+        torch.testing.assert_close(run()[0], model(*args).detach(), rtol=1e-4, atol=1e-5)
+    assert counters["unique_graphs"] == graphs[1]  # no call compiles again
 
 
 def test_a_row_holds_every_side_and_its_error() -> None:
-    row = run_case("tiny", tiny, ["eager", "onnxruntime"], Setting(rounds=3))
-    assert set(row["ms"]) == {"graphopt", "eager", "onnxruntime", "graphopt again"}
-    assert row["wrong"] == []
-    assert all(0 < error < 1e-6 for error in row["error"].values())
-    assert row["optimize_peak_bytes"] >= 0
+    told: list[tuple[str, float]] = []
+    case = Case("zoo:tiny", {"batch": 4})
+    row = measure(case, tiny(), ("eager", "onnxruntime", "tensorrt"), tell=lambda *args: told.append(args))
+    assert [side["peer"] for side in row["sides"]] == ["graphopt", "eager", "onnxruntime"]
+    for found in row["sides"]:
+        assert 0 < found["error"] < 1e-6
+        assert len(found["times_ms"]) == 8
+        assert found["ms"]["lower"] <= found["ms"]["median"] <= found["ms"]["upper"]
+    assert set(row["ratio"]) == {"eager", "onnxruntime"}
+    assert row["noise"]["floor"] >= 0
+    assert row["missing"]["tensorrt"]["reason"] == "needs a CUDA GPU"
+    assert (row["rounds_done"], row["interrupted"], row["threads"]) == (4, False, 1)
+    assert row["optimize"]["cold_s"] > 0 < row["optimize"]["warm_s"]
+    assert row["optimize"]["weights_bytes"] == 4 * (32 * 64 + 64 + 64 * 8 + 8)
+    assert row["inputs"] == ["float32 [4, 32]"]
+    assert {"torch", "python"} <= row["versions"].keys()
+    assert [done for _, done in told] == sorted(done for _, done in told)
+    assert told[-1] == ("measure", 1.0)
 
 
-def test_a_wrong_peer_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: torch.nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, torch.Tensor]) -> object:
-        return lambda: [out * 1.01 for out in tensors(model(*args))]
+def test_a_slower_peer_is_found_slower_and_its_faster_mode_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer(monkeypatch, "sleepy", Mode("deep", slowed(0.03)), Mode("light", slowed(0.01)))
+    row = measure(Case("zoo:tiny"), tiny(), ("sleepy",))
+    assert row["ratio"]["sleepy"]["mode"] == "light"
+    assert row["ratio"]["sleepy"]["ratio"] > 1
+    assert [found["counts"] for found in row["sides"]] == [True, False, True]
 
-    monkeypatch.setitem(PEERS, "wrong", wrong)
-    row = run_case("tiny", tiny, ["wrong"], Setting(rounds=2))
-    assert row["wrong"] == ["wrong"]
+
+def test_what_is_wrong_or_fails_is_marked_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(problem: Problem) -> Any:
+        run = eager(problem.model, problem.args, problem.kwargs)
+        return lambda: [out * 1.01 for out in run()]
+
+    def broken(problem: Problem) -> Any:
+        raise ValueError("no such kernel\nand more")
+
+    def breaks(problem: Problem) -> Any:
+        def run() -> Any:
+            raise RuntimeError("out of memory")
+
+        return run
+
+    modes = [Mode(build.__name__, build) for build in (off, broken, breaks)]
+    peer(monkeypatch, "bad", *modes, Mode("died", slowed(0)))
+    row = measure(Case("zoo:tiny"), tiny(), ("bad", "eager"), crashed={"bad (died)": "the process died"})
+    off_, broken_, breaks_, died = (found for found in row["sides"] if found["peer"] == "bad")
+    assert off_["wrong"].startswith("error 1")
+    assert broken_["failed"] == "ValueError: no such kernel"
+    assert breaks_["failed"] == "RuntimeError: out of memory"
+    assert died["failed"] == "the process died"
+    assert not any("ms" in found for found in (off_, broken_, breaks_, died))
+    assert set(row["ratio"]) == {"eager"}
+
+
+def test_ragged_batches_state_their_fill() -> None:
+    row = measure(Case("zoo:bert", lengths="real"), bert(), ("eager",))
+    assert row["lengths"]["kind"] == "real"
+    assert len(row["lengths"]["values"]) == 3
+    assert row["lengths"]["fill"] == pytest.approx(sum(row["lengths"]["values"]) / 36, abs=1e-3)
+
+
+def test_another_dtype_is_judged_by_its_own_rounding() -> None:
+    row = measure(Case("zoo:bert", dtype="bfloat16"), bert(), ("eager",))
+    assert row["dtype"] == "bfloat16"
+    assert not any("wrong" in found for found in row["sides"])
+    assert 1e-4 < row["sides"][1]["error"] < 0.1
+
+
+def test_an_exported_program_keeps_its_inputs() -> None:
+    model, args, _ = tiny()
+    program = torch.export.export(model, args)
+    row = measure(Case("tiny.pt2"), (program, (), {}), ("eager",))
+    assert row["inputs"] == ["float32 [4, 32]"]
+    with pytest.raises(InputError, match="has its dtypes"):
+        measure(Case("tiny.pt2", dtype="bfloat16"), (program, (), {}), ("eager",))
+
+
+def test_an_interrupt_keeps_complete_rounds_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def after(calls: int) -> Callable[[Problem], Any]:
+        def build(problem: Problem) -> Any:
+            run, left = eager(problem.model, problem.args, problem.kwargs), iter(range(calls))
+
+            def interrupted() -> Any:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return run()
+
+            return interrupted
+
+        return build
+
+    # one call checks the side, a warm-up takes six, a round four
+    peer(monkeypatch, "late", Mode("", after(1 + 6 + 3 * 4 + 2)))
+    row = run_case(Case("zoo:tiny"), *tiny(), Setting(("late",), rounds=50))
+    assert (row["interrupted"], row["rounds_done"]) == (True, 3)
+    assert {len(found["times_ms"]) for found in row["sides"]} == {6}
+    peer(monkeypatch, "early", Mode("", after(1 + 6 + 2 * 4)))
+    with pytest.raises(KeyboardInterrupt):
+        run_case(Case("zoo:tiny"), *tiny(), Setting(("early",), rounds=50))
+
+
+def test_energy_is_counted_where_the_device_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.bench import case as module
+    from graphopt.observe.energy import Counter
+
+    ticks = iter(range(0, 1000, 7))
+    monkeypatch.setattr(module, "counter", lambda device: Counter(lambda: next(ticks)))
+    row = measure(Case("zoo:tiny"), tiny(), ("eager",))
+    assert all(found["joules"] > 0 for found in row["sides"])
+
+
+def test_the_command_says_all_that_matters() -> None:
+    case = Case("zoo:bert", {"batch": 8, "seq": 64, "layers": 2}, "float16", "real", "cuda:1", seed=3)
+    assert command_of(case, Setting(("inductor",), 12, 5.0, 2)) == (
+        "graphopt bench zoo:bert --against inductor --batch 8 --seq 64 --set layers=2 --dtype float16"
+        " --lengths real --device cuda:1 --seed 3 --rounds 12 --seconds 5 --threads 2"
+    )
+
+
+def test_cases_have_names_of_their_own() -> None:
+    cases = [
+        Case("a:b"),
+        Case("a:b", {"batch": 1}),
+        Case("a:b", {"batch": 8}),
+        Case("a:b", {"batch": 8}, dtype="float16"),
+        Case("a:b", {"batch": 8}, lengths="real"),
+        Case("a:b", {"batch": 8}, device="cuda"),
+    ]
+    assert len({case.name for case in cases}) == len(cases)
+    assert Case("a:b", label="Mine").name == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no peer"),
+        (" , ", "names no peer"),
+        ("egaer", "eager"),
+        ("inductr", "inductor"),
+        ("xyz", "one of"),
+    ],
+)
+def test_peers_are_named_exactly(text: str, words: str) -> None:
+    with pytest.raises(GraphoptError, match=words):
+        named(text)
+    assert named("eager, openvino,eager") == ["eager", "openvino"]
+
+
+def test_three_rounds_are_the_least_that_is_kept() -> None:
+    assert side._MIN_CALLS == 2 * rounds._MIN_ROUNDS

@@ -9,6 +9,8 @@ from graphopt.compiler.remarks import Remark
 from graphopt.errors import OutputError
 from graphopt.observe import summary
 from graphopt.observe.report import Report
+from graphopt.observe.report_html import render
+from tests.observe.conftest import a_report
 
 KEYS = {
     "ops": {"before", "after"},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from graphopt.kernels import grouped_gated_mlp as grouped
 from graphopt.passes.fuse_gated_mlp import PASS
 from tests._models import randn
 from tests.passes._harness import program, run
@@ -96,3 +97,11 @@ def test_dynamic_sizes() -> None:
 
     ran = run(PASS, program(forward, w=W.bfloat16(), ends=ENDS), X.bfloat16(), dynamic={"x": {0: "rows"}})
     ran.counts(grouped_gated_mlp=1).agrees(randn(7, 8, seed=3).bfloat16())
+
+
+def test_pytorchs_grouped_product_gives_the_same_with_zeros_behind_the_last_expert() -> None:
+    """What runs on a GPU; PyTorch has it for the CPU too."""
+    x, weight = torch.randn(8, 16).bfloat16(), torch.randn(3, 16, 32).bfloat16()
+    ends = torch.tensor([2, 5, 6], dtype=torch.int32)
+    expected = grouped._grouped_product(x, weight, ends)
+    torch.testing.assert_close(grouped._on_gpu(x, weight, ends), expected)

@@ -1,0 +1,226 @@
+"""``python -m bench gate``: how often the gate is wrong about speed, and how long a check takes.
+
+Two questions that only repetition answers. On a loaded machine (every core busy by another process), how many
+checks of a model that did not change fail? On an idle one, how many checks find it a tenth slower? The lock
+is written once, on the machine as it is; then processes of their own check the model against it, each many
+times: what differs between processes (where memory lies, where threads land) is in the numbers. What is
+repeated is the part that can be wrong: the rounds and the judgement, at the default budgets. The rest of a
+check is the same every time, and is run whole, from nothing and from the cache, to be timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import RESULTS
+from bench.models import minilm
+from graphopt.cli import _gate
+from graphopt.cli._subject import Config, examine, prepare
+from graphopt.gate import latency
+from graphopt.gate import lock as lockfile
+from graphopt.gate.budgets import Budgets
+from graphopt.gate.facts import machine
+from graphopt.gate.judge import limits_of, speed
+from graphopt.observe.machine import commit
+from graphopt.observe.snapshot import versions
+
+SPEC = "bench.gate:model"
+SLOWER = 1.10
+_ROOT = Path(__file__).resolve().parent.parent
+_BUSY = "while True: pass"
+
+
+def model() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """What is checked: MiniLM on a sentence of 32 tokens."""
+    return minilm(1, 32)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the experiments, print the tables, and record the rows."""
+    parser = argparse.ArgumentParser(prog="python -m bench gate", description=__doc__)
+    parser.add_argument("--checks", type=int, default=200, help="A/A checks on the loaded machine")
+    parser.add_argument("--slow", type=int, default=100, help="checks of a slow-down on the idle machine")
+    parser.add_argument("--idle", type=int, default=50, help="A/A checks on the idle machine")
+    parser.add_argument("--whole", type=int, default=3, help="whole checks, from nothing and from the cache")
+    parser.add_argument("--processes", type=int, default=5, help="that share the checks of an experiment")
+    parser.add_argument("--seconds", type=float, default=Budgets().seconds, help="the budget of that name")
+    parser.add_argument("--dry", action="store_true", help="print, record nothing")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder) / lockfile.NAME
+        _run("-m", "graphopt", "lock", SPEC, "--lock", str(lock), "--seconds", str(given.seconds), "-q")
+        rows = [_whole(lock, given.whole)] if given.whole else []
+        if given.slow:
+            rows.append(_experiment("10 % slower, idle", lock, given.slow, given, slower=SLOWER))
+        if given.idle:
+            rows.append(_experiment("A/A, idle", lock, given.idle, given))
+        if given.checks:
+            with busy():
+                rows.append(_experiment("A/A, every core busy", lock, given.checks, given))
+    _print(rows)
+    if not given.dry:
+        _record(rows, ["python", "-m", "bench", "gate", *arguments])
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """A process of its own on every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _experiment(
+    case: str, lock: Path, checks: int, given: argparse.Namespace, slower: float = 1.0
+) -> dict[str, Any]:
+    """So many checks, shared by processes; a row with what they said."""
+    told: list[dict[str, Any]] = []
+    start, processes = time.perf_counter(), min(given.processes, checks)
+    for index in range(processes):
+        share = len(range(index, checks, processes))
+        out = _run("-m", "bench.gate", str(lock), str(share), str(slower), str(given.seconds))
+        told += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    counts = Counter(row["verdict"] for row in told)
+    ratios = [row["ratio"] for row in told]
+    return {
+        "case": case,
+        "checks": len(told),
+        "regression": counts["regression"],
+        "inconclusive": counts["inconclusive"],
+        "pass": counts["pass"],
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "ratio_locked": told[0]["locked"],
+        "rounds": statistics.median(row["rounds"] for row in told),
+        "waiting": statistics.median(row["waiting"] or 0.0 for row in told),
+        "seconds_a_check": round((time.perf_counter() - start) / len(told), 1),
+        "processes": processes,
+    }
+
+
+def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
+    """In a process of its own: examine the model once, then time and judge it; a JSON line a verdict."""
+    (entry,) = lockfile.read(lock).values()
+    budgets = Budgets(seconds=seconds)
+    prepared = prepare(Config.of(entry, SPEC))
+    examined = examine(prepared, entry["runs"], None, lambda name, done: None)
+    assert examined.optimized is not None
+    (args, kwargs), device = prepared.call, examined.optimized.plan.device
+    baseline = _gate.call_of(_gate.baseline_of(prepared, budgets.baseline), args, kwargs, device)
+    candidate = slowed(_gate.call_of(examined.optimized, args, kwargs, device), slower)
+    limits = limits_of(entry["facts"], examined.facts, budgets)
+    for _ in range(count):
+        rounds = latency.measure(baseline, candidate, [*limits.values()], seconds)
+        statuses = {found.status for found in speed(entry["facts"], examined.facts, rounds, budgets)}
+        failed, unsure = "failed" in statuses, "inconclusive" in statuses
+        verdict = "regression" if failed else "inconclusive" if unsure else "pass"
+        row = {
+            "verdict": verdict,
+            "ratio": rounds.ratio().middle,
+            "locked": entry["facts"]["latency"]["ratio"],
+            "rounds": rounds.count,
+            "waiting": rounds.waiting,
+        }
+        print(json.dumps(row), flush=True)
+
+
+def slowed(run: latency.Run, factor: float) -> latency.Run:
+    """A call that takes so many times as long: it computes on for the rest."""
+    if factor == 1:
+        return run
+
+    def slower() -> None:
+        start = time.perf_counter()
+        run()
+        until = start + factor * (time.perf_counter() - start)
+        while time.perf_counter() < until:
+            pass
+
+    return slower
+
+
+def _whole(lock: Path, times: int) -> dict[str, Any]:
+    """Whole checks from the command line: from nothing, and from the cache; the worst of each in seconds."""
+    took: dict[str, list[float]] = {"from nothing": [], "cached": []}
+    codes = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(times):
+            for kind, options in (("from nothing", ["--no-cache"]), ("cached", [])):
+                command = [sys.executable, "-m", "graphopt", "check", "--lock", str(lock), "-q", *options]
+                if kind == "cached" and not took[kind]:
+                    subprocess.run(command, cwd=folder, env=_environment(), check=False)  # fills the cache
+                start = time.perf_counter()
+                codes.add(subprocess.run(command, cwd=folder, env=_environment(), check=False).returncode)
+                took[kind].append(time.perf_counter() - start)
+    return {
+        "case": "MiniLM 1x32, whole check",
+        "seconds_from_nothing": round(max(took["from nothing"]), 1),
+        "seconds_cached": round(max(took["cached"]), 1),
+        "checks": 2 * times,
+        "exit_codes": sorted(codes),
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def _run(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table("case", "checks", "regression", "inconclusive", "pass", "ratio (locked)", "seconds")
+    for row in rows:
+        if "pass" in row:
+            low, high = row["ratio_range"]
+            ratio = f"{row['ratio']:.3f} in [{low:.3f}, {high:.3f}] ({row['ratio_locked']:.3f})"
+            counts = [str(row[name]) for name in ("checks", "regression", "inconclusive", "pass")]
+            table.add_row(row["case"], *counts, ratio, f"{row['seconds_a_check']} a check")
+        else:
+            seconds = f"{row['seconds_from_nothing']} from nothing, {row['seconds_cached']} cached"
+            table.add_row(row["case"], str(row["checks"]), "", "", "", "", seconds)
+    Console().print(table)
+
+
+def _record(rows: list[dict[str, Any]], command: list[str]) -> None:
+    path = RESULTS / "gate.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = {row["case"] for row in rows}
+    context = {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(_ROOT),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(command),
+    }
+    kept = [row for row in old if row["case"] not in new]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *({**row, **context} for row in rows))))
+
+
+if __name__ == "__main__":
+    _check_often(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,92 @@
+"""The committed suites: cases that anybody can measure again, one by one, with the command in their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphopt.bench.case import Case
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that belong together.
+
+    Args:
+        about: what they show.
+        cases: in order.
+        against: the peers, unless others are asked for.
+    """
+
+    about: str
+    cases: Sequence[Case]
+    against: str = "eager,inductor,onnxruntime"
+
+
+def _case(label: str, factory: str, **given: int | str) -> Case:
+    """A case of a model of ours: sizes are numbers, the rest are dtype, lengths and device."""
+    sizes = {name: value for name, value in given.items() if isinstance(value, int)}
+    others = {name: value for name, value in given.items() if isinstance(value, str)}
+    return Case(f"bench.models:{factory}", sizes, label=label, **others)  # type: ignore[arg-type]
+
+
+def _encoder(**changed: int) -> Case:
+    sizes = {"layers": 2, "width": 256, "batch": 1, "seq": 64, **changed}
+    return _case("", "encoder", **sizes, device="cpu")
+
+
+_GPU = {"device": "cuda", "dtype": "float16"}
+_GPU_PEERS = "eager,inductor,onnxruntime,tensorrt"
+
+SUITES: dict[str, Suite] = {
+    "cpu": Suite(
+        "encoders on a CPU, in float32",
+        [
+            _case("BERT-base 1x128", "bert_base", batch=1, seq=128, device="cpu"),
+            _case("MiniLM 1x32", "minilm", batch=1, seq=32, device="cpu"),
+            _case("MiniLM 8x128", "minilm", batch=8, seq=128, device="cpu"),
+            _case("MiniLM 8x128 ragged", "minilm", batch=8, seq=128, lengths="real", device="cpu"),
+        ],
+        "eager,inductor,onnxruntime,openvino",
+    ),
+    "encoders": Suite(
+        "BERT-base on a GPU, in float16",
+        [
+            _case("BERT-base 1x128", "bert_base", batch=1, seq=128, **_GPU),
+            _case("BERT-base 8x128", "bert_base", batch=8, seq=128, **_GPU),
+            _case("BERT-base 32x128", "bert_base", batch=32, seq=128, **_GPU),
+            _case("BERT-base 32x512 ragged", "bert_base", batch=32, seq=512, lengths="real", **_GPU),
+        ],
+        _GPU_PEERS,
+    ),
+    "vision": Suite(
+        "images of 224 x 224 on a GPU, in float16",
+        [
+            _case("ViT-B/16 1", "vit_b16", batch=1, **_GPU),
+            _case("ViT-B/16 64", "vit_b16", batch=64, **_GPU),
+            _case("ResNet-50 1, channels last", "resnet50", batch=1, **_GPU),
+            _case("ResNet-50 64, channels last", "resnet50", batch=64, **_GPU),
+        ],
+        _GPU_PEERS,
+    ),
+    "decode": Suite(
+        "one step of decoding with a cache, on a CPU in float32 and on a GPU in float16",
+        [
+            _case("Llama 135M step 1x128, CPU", "decode_step", batch=1, seq=128, device="cpu"),
+            _case("Llama 135M step 1x1024, CPU", "decode_step", batch=1, seq=1024, device="cpu"),
+            _case("Llama 135M step 1x1024, GPU", "decode_step", batch=1, seq=1024, **_GPU),
+            _case("Llama 135M step 32x1024, GPU", "decode_step", batch=32, seq=1024, **_GPU),
+        ],
+    ),
+    "scaling": Suite(
+        "how latency and the cost of optimizing grow with layers, width, sequence and batch, on a CPU",
+        [
+            _encoder(),
+            *(_encoder(layers=layers) for layers in (1, 4, 8, 16)),
+            *(_encoder(width=width) for width in (128, 512, 1024)),
+            *(_encoder(seq=seq) for seq in (16, 256, 512)),
+            *(_encoder(batch=batch) for batch in (4, 16, 64)),
+        ],
+        "eager,onnxruntime",
+    ),
+}

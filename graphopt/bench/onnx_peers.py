@@ -1,0 +1,188 @@
+"""The peers that run PyTorch's own ONNX export: ONNX Runtime, its TensorRT provider, and OpenVINO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+
+from graphopt.bench.peer import Mode, Problem, Run
+from graphopt.errors import LoweringError
+
+_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+
+
+def export_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """PyTorch's own ONNX export of a model, as anybody gets it."""
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(model, args, kwargs=dict(kwargs), dynamo=True, verbose=False)
+
+
+def _exported(problem: Problem) -> Path:
+    """The plain export as a file, made once for all who run it."""
+    path = problem.folder / "plain.onnx"
+    if not path.exists():
+        program = export_plain(problem.model, problem.args, problem.kwargs)
+        program.save(path, external_data=True)
+    return path
+
+
+# ONNX Runtime
+
+
+def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
+    """All its own optimizations; after its optimizer of transformers, too; and on a GPU as a CUDA graph."""
+    modes = [Mode("", lambda p: _session(p, _exported(p), _provider(p)))]
+    if _transformer_type(problem):
+        modes.append(
+            Mode("transformers optimizer", lambda p: _session(p, _transformer_optimized(p), _provider(p)))
+        )
+    if problem.device.type == "cuda":
+        graphed = [_with_cuda_graph(mode.name) for mode in modes]
+        modes += graphed
+    return modes
+
+
+def _with_cuda_graph(name: str) -> Mode:
+    def build(problem: Problem) -> Run:
+        path = _transformer_optimized(problem) if name else _exported(problem)
+        return _session(problem, path, _provider(problem, enable_cuda_graph="1"))
+
+    return Mode(f"{name}, CUDA graph" if name else "CUDA graph", build)
+
+
+def _transformer_type(problem: Problem) -> str:
+    """What ONNX Runtime's optimizer of transformers calls the model; "" where it does not know it."""
+    from onnxruntime.transformers.optimizer import MODEL_TYPES
+
+    kind = getattr(getattr(problem.model, "config", None), "model_type", "")
+    return kind if kind in MODEL_TYPES else ""
+
+
+def _transformer_optimized(problem: Problem) -> Path:
+    """The plain export after ``onnxruntime.transformers.optimizer``.
+
+    Raises:
+        LoweringError: it fused nothing, so that there is nothing to measure.
+    """
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    path = problem.folder / "transformers.onnx"
+    if not path.exists():
+        gpu = problem.device.type == "cuda"
+        plain, kind = str(_exported(problem)), _transformer_type(problem)
+        made = optimize_model(plain, kind, opt_level=0, use_gpu=gpu)
+        if not any(made.get_fused_operator_statistics().values()):
+            raise LoweringError("its optimizer of transformers fuses nothing in this export")
+        made.save_model_to_file(str(path), use_external_data_format=True)
+    return path
+
+
+def _provider(problem: Problem, **options: str) -> tuple[str, dict[str, Any]]:
+    if problem.device.type != "cuda":
+        return "CPUExecutionProvider", {}
+    return _CUDA, {**_on_stream(problem), **options}
+
+
+def _on_stream(problem: Problem) -> dict[str, Any]:
+    """The device and the caller's stream, so that no event is recorded on another one."""
+    stream = torch.cuda.current_stream(problem.device)
+    return {"device_id": str(problem.device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
+
+
+def tensorrt_provider(problem: Problem) -> Run:
+    """ONNX Runtime's TensorRT provider, in the model's dtype, as a CUDA graph."""
+    options = {**_on_stream(problem), "trt_cuda_graph_enable": "1"}
+    if problem.dtype in (torch.float16, torch.bfloat16):
+        options["trt_fp16_enable" if problem.dtype == torch.float16 else "trt_bf16_enable"] = "1"
+    return _session(problem, _exported(problem), (_TENSORRT, options))
+
+
+def _session(problem: Problem, path: Path, provider: tuple[str, dict[str, Any]]) -> Run:
+    """A session whose inputs and outputs are bound to torch's memory once, so that nothing is copied.
+
+    Raises:
+        LoweringError: ONNX Runtime fell back to another provider.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # As graphopt's executor: threads that spin between calls would slow down whichever side comes next. Calls
+    # one after the other take as long with it as without: 0.11 ms for an MLP of 8x16x64 on two cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    if session.get_providers()[0] != provider[0]:
+        raise LoweringError(f"{provider[0]} does not load here: ONNX Runtime falls back to the CPU")
+    binding = session.io_binding()
+    inputs = [tensor.contiguous() for tensor in problem.inputs]
+    results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]
+    for value, tensor in zip(session.get_inputs(), inputs, strict=True):
+        binding.bind_input(value.name, *_place(tensor))
+    for value, tensor in zip(session.get_outputs(), results, strict=True):
+        binding.bind_output(value.name, *_place(tensor))
+
+    def run() -> list[torch.Tensor]:
+        session.run_with_iobinding(binding)
+        return results
+
+    run.inputs = inputs  # type: ignore[attr-defined]  # the binding knows addresses alone: they must live on
+    run()
+    return run
+
+
+def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
+    kind = int(from_torch_dtype(tensor.dtype))
+    return tensor.device.type, tensor.device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
+
+
+# OpenVINO
+
+_OPENVINO_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def openvino(problem: Problem) -> Run:
+    """OpenVINO for the lowest latency, in the model's own dtype.
+
+    Left alone it computes a float32 model in bfloat16 where the processor can, which is another model.
+    """
+    ov: Any = importlib.import_module("openvino")
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES.get(problem.dtype, "f32"),
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = ov.Core().compile_model(str(_exported(problem)), "CPU", settings)
+    request = compiled.create_infer_request()
+    inputs = [tensor.contiguous() for tensor in problem.inputs]
+    results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]
+    held = [_openvino_tensor(ov, tensor) for tensor in (*inputs, *results)]
+    for index, tensor in enumerate(held[: len(inputs)]):
+        request.set_input_tensor(index, tensor)
+    for index, tensor in enumerate(held[len(inputs) :]):
+        request.set_output_tensor(index, tensor)
+
+    def run() -> list[torch.Tensor]:
+        request.infer()
+        return results
+
+    run.held = (inputs, held)  # type: ignore[attr-defined]  # their memory must live on
+    run()
+    return run
+
+
+def _openvino_tensor(ov: Any, tensor: torch.Tensor) -> Any:
+    """A tensor of OpenVINO's over the memory of one of PyTorch's."""
+    if tensor.dtype == torch.bfloat16:  # NumPy has no such type
+        return ov.Tensor(tensor.view(torch.int16).numpy(), ov.Shape(tensor.shape), ov.Type.bf16)
+    return ov.Tensor(tensor.detach().numpy(), shared_memory=True)

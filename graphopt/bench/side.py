@@ -1,0 +1,173 @@
+"""Sides: the ways to run the model, each built, held against float64, and timed against the others."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.bench.peer import Problem, Run
+from graphopt.bench.peers import PEERS
+from graphopt.compiler.compare import Comparison
+from graphopt.errors import said
+from graphopt.runtime.rounds import Interrupted, clock_of, interleave
+
+Tell = Callable[[str, float], None]
+
+AGAIN = "graphopt again"
+BUILD = "build "  # before the key of the side that is being built, or first run
+_MIN_CALLS = 6  # of a side, for an interrupted case to be worth its row
+
+
+@dataclass
+class Side:
+    """One way to run the model, and what became of it.
+
+    Args:
+        peer: graphopt, or the peer.
+        mode: of the peer; for graphopt what it chose.
+        run: runs it once; None when it failed or is wrong.
+        build_s: seconds until it could run, compilation included.
+        error: the largest of its outputs, relative to float64.
+        wrong: why its outputs are not the model's; "" if they are.
+        failed: the error that it ended with; "" if it runs.
+    """
+
+    peer: str
+    mode: str
+    run: Run | None = None
+    build_s: float = 0.0
+    error: float | None = None
+    wrong: str = ""
+    failed: str = ""
+
+    @property
+    def key(self) -> str:
+        """Unlike that of any other side of the case."""
+        return f"{self.peer} ({self.mode})" if self.mode else self.peer
+
+
+def build_peers(
+    problem: Problem, against: Sequence[str], tell: Tell, crashed: Mapping[str, str]
+) -> tuple[list[Side], dict[str, dict[str, str]]]:
+    """Build every mode of every peer; what fails is kept, with its error.
+
+    Args:
+        problem: what they run.
+        against: the peers, by name.
+        tell: called with (what is being done, fraction of the case done).
+        crashed: sides that took an earlier process down, by key, and how; they are not tried again.
+
+    Returns:
+        The sides, and the peers that are not there: why, and the command that brings them.
+    """
+    sides: list[Side] = []
+    missing: dict[str, dict[str, str]] = {}
+    for index, name in enumerate(against):
+        peer = PEERS[name]
+        if reason := peer.absent(problem.device):
+            missing[name] = {"reason": reason, "install": peer.install}
+            continue
+        for mode in peer.modes(problem):
+            side = Side(name, mode.name)
+            sides.append(side)
+            if side.key in crashed:
+                side.failed = crashed[side.key]
+                continue
+            tell(BUILD + side.key, 0.3 + 0.2 * index / len(against))
+            start = time.perf_counter()
+            try:
+                side.run = mode.build(problem)
+            except Exception as error:
+                side.failed = _first_line(error)
+            side.build_s = round(time.perf_counter() - start, 3)
+    return sides, missing
+
+
+def check(side: Side, compare: Callable[[list[torch.Tensor]], Comparison]) -> None:
+    """Hold a side's outputs against float64; one that is wrong, or fails to run, is run no more."""
+    if side.run is None:
+        return
+    try:
+        found = compare(side.run())
+    except Exception as error:
+        side.run, side.failed = None, _first_line(error)
+        return
+    side.error = found.error_after
+    if not found.ok:
+        side.run, side.wrong = None, found.reason
+
+
+@dataclass
+class Times:
+    """Milliseconds of every call, by side.
+
+    Args:
+        warm: one call after the other, the L2 cache as the call before left it.
+        cold: on a GPU, with an L2 cache that was emptied before every call.
+        interrupted: Ctrl-C ended the rounds.
+    """
+
+    warm: dict[str, list[float]] = field(default_factory=dict)
+    cold: dict[str, list[float]] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def median(self, side: Side) -> float:
+        """Of a side that was timed, with a warm L2."""
+        return statistics.median(self.warm[side.key])
+
+
+def time_sides(
+    own: Side, sides: Sequence[Side], device: torch.device, rounds: int, seconds: float | None, tell: Tell
+) -> Times:
+    """Time all sides that are right against each other, graphopt twice: that gives the noise floor.
+
+    Args:
+        own: graphopt's; where it does not run, nothing is timed.
+        sides: the peers'.
+        device: where they run.
+        rounds: at most so many, of each kind of cache.
+        seconds: for all rounds together; None for as long as they take.
+        tell: called with (what is being done, fraction of the case done).
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, before there was enough to keep.
+    """
+    times = Times()
+    if own.run is None:
+        return times
+    runs: dict[str, Run] = {side.key: side.run for side in (own, *sides) if side.run is not None}
+    runs[AGAIN] = own.run
+    kinds = ("warm", "cold") if device.type == "cuda" else ("warm",)
+    for index, kind in enumerate(kinds):
+        start, share = 0.5 + 0.5 * index / len(kinds), 0.5 / len(kinds)
+
+        def on_round(done: float, start: float = start, share: float = share) -> None:
+            tell("measure", start + share * done)
+
+        try:
+            found = interleave(
+                runs,
+                rounds,
+                seconds=None if seconds is None else seconds / len(kinds),
+                clock=clock_of(device, cold=kind == "cold"),
+                on_round=on_round,
+            )
+        except Interrupted as interrupt:
+            found, times.interrupted = interrupt.times, True
+            if len(found[own.key]) < _MIN_CALLS:
+                if kind == "warm":
+                    raise KeyboardInterrupt from None
+                return times
+        setattr(times, kind, found)
+        if times.interrupted:
+            return times
+    return times
+
+
+def _first_line(error: Exception) -> str:
+    lines = said(error).strip().splitlines()
+    return lines[0][:300]

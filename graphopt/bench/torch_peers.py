@@ -1,0 +1,74 @@
+"""The peers that PyTorch brings, and torch_tensorrt, which it loads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+
+from graphopt.bench.peer import Mode, Problem, Run, eager, tensors
+
+
+def eager_modes(problem: Problem) -> Sequence[Mode]:
+    """The model as it is; on a GPU also as one CUDA graph."""
+    modes = [Mode("", lambda p: eager(p.model, p.args, p.kwargs))]
+    if problem.device.type == "cuda":
+        modes.append(Mode("CUDA graph", _graphed))
+    return modes
+
+
+def _graphed(problem: Problem) -> Run:
+    run = eager(problem.model, problem.args, problem.kwargs)
+    for _ in range(3):  # what is allocated and tuned by first calls must not be captured
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> list[torch.Tensor]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def inductor_modes(problem: Problem) -> Sequence[Mode]:
+    """``torch.compile`` in every mode that may win on the device, weights frozen, as it advises."""
+    other = "reduce-overhead" if problem.device.type == "cuda" else "default"
+    return [inductor_mode(name) for name in (other, "max-autotune")]
+
+
+def inductor_mode(name: str) -> Mode:
+    """``torch.compile`` in one mode, by PyTorch's name for it."""
+    return Mode(name, lambda problem: _inductor(problem, name))
+
+
+def _inductor(problem: Problem, mode: str) -> Run:
+    """Compiled for these shapes alone.
+
+    Freezing is asked for twice: as an option, which also keeps one mode's code apart from another's, and
+    around the first calls, because Dynamo reads it while it traces, where options do not reach.
+    """
+    options = {**torch._inductor.list_mode_options(mode), "freezing": True}
+    compiled = torch.compile(problem.model, dynamic=False, options=options)
+    run = eager(compiled, problem.args, problem.kwargs)  # type: ignore[arg-type]
+    with torch._inductor.config.patch(freezing=True):
+        for _ in range(3):  # the second and third record CUDA graphs
+            run()
+    return run
+
+
+def torch_tensorrt(problem: Problem) -> Run:
+    """``torch.compile`` with TensorRT's backend, in the model's own dtypes."""
+    importlib.import_module("torch_tensorrt")  # registers the backend
+    compiled = torch.compile(
+        problem.model, backend="torch_tensorrt", dynamic=False, options={"use_explicit_typing": True}
+    )
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return tensors(compiled(*problem.args, **problem.kwargs))
+
+    run()
+    return run

@@ -1,0 +1,1 @@
+"""The gate: what an optimized model is, written down in a lock, and every check held against it."""

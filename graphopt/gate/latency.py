@@ -1,0 +1,281 @@
+"""Speed as a ratio to a baseline in the same run, and when that is enough to say no.
+
+What is asked: is the candidate's time, divided by the baseline's, above a limit? The answer must not be "yes"
+because the machine was busy, and must be "yes" when the candidate became a tenth slower. How that is held:
+
+- **Paired rounds.** A round is baseline, candidate, candidate, baseline (``runtime/rounds.py``), and gives
+  one number: the logarithm of the candidate's time over the baseline's. A drift of the clock, of the
+  temperature or of the load that is linear within a round cancels, and one that is slower than a round
+  cancels as well.
+- **Medians.** The ratio is the median over the rounds. A round that another process interrupted counts once,
+  however long the interruption took.
+- **A block bootstrap.** Neighbouring rounds are alike (load comes and goes in bursts), so drawing single
+  rounds anew, as if they were independent, gives intervals that are too narrow just when the machine is
+  busy. Whole blocks of neighbours are drawn, on a circle, so that every round is drawn as often (Politis and
+  Romano, 1992). A block is 2 n^(1/3) rounds long, of n: the order that is optimal for the variance (Künsch,
+  1989; Hall, Horowitz and Jing, 1995), doubled, because too long a block errs on the side of wide intervals.
+- **As many rounds as it takes.** Rounds go on until every limit lies outside of the interval, or the time is
+  out. To look several times is to have several chances to be wrong: at most ``_LOOKS`` looks are taken, at
+  numbers of rounds that double, and the interval of each is as wide as keeps all of them right together with
+  95 % (Bonferroni: 1 - 0.05 / 8 each).
+- **A margin.** The same program in another process runs up to a few percent faster or slower: memory lies
+  elsewhere, threads land on other cores. No number of rounds in one process averages that out, so a ratio is
+  held against the *upper end* of the lock's interval plus the margin ``max_slowdown``, 5 % by default. What
+  then remains of a slow-down by 10 % is still several times as large as the interval of a quiet machine.
+- **No verdict from a machine that is not comparable.** Load does not slow both sides alike: two thread pools
+  that spin differently lose differently to a third process. Rounds cannot show that, since it is the same in
+  all of them. So a limit counts as broken only where this process's threads hardly waited for a core (Linux
+  tells that of each thread) and the baseline itself takes about the time that it took for the lock.
+  Otherwise the finding is ``inconclusive``, which has an exit code of its own, and says which of the two it
+  was. A limit that is kept, is kept on a busy machine as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from graphopt.runtime.rounds import interleave
+
+Told = Literal["within", "beyond", "unknown"]
+Run = Callable[[], object]
+
+BASELINE, CANDIDATE = "baseline", "candidate"
+_FIRST = 16  # rounds between two looks at the clock,
+_FEWEST = 6  # and for a model of which 16 rounds take too long; fewer do not say how wide an interval is
+_LOOKS = 8
+_CONFIDENCE = 1 - 0.05 / _LOOKS
+_DRAWS = 1000
+_NARROW = 0.02  # an interval of that half-width is told as "within" by its middle: see ``tell``
+# The part of the time that the threads could have run and had no core: above _WAITING somebody else has the
+# cores, and so above _MORE_WAITING more than for the lock, whose own threads may be more than the cores;
+# but above _MOST_WAITING in any case: beside one other process on every core it is a half.
+_WAITING, _MORE_WAITING, _MOST_WAITING = 0.25, 0.10, 0.40
+_SLOWER = 1.25  # the baseline against its own time in the lock
+_ROUND_MS = 1.0  # a round is at least so long: a clock's own cost and its grain are then below 0.1 %
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval.
+
+    Args:
+        middle: the estimate.
+        low: the lower end.
+        high: the upper end.
+    """
+
+    middle: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width, relative to its middle."""
+        return (self.high - self.low) / (2 * self.middle) if self.middle else math.inf
+
+    def tell(self, limit: float) -> Told:
+        """On which side of a limit it lies, as a whole.
+
+        An interval that holds the limit tells nothing, but for one that is narrow and whose middle is not
+        above
+        it: more rounds would not make a better answer of "at the limit".
+        """
+        if self.low > limit:
+            return "beyond"
+        if self.high <= limit or (self.middle <= limit and self.half_width <= _NARROW):
+            return "within"
+        return "unknown"
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What was timed.
+
+    Args:
+        times: milliseconds by side, two a round, in order.
+        waiting: which part of the time this process's threads waited for a core; None where that is not
+            known.
+    """
+
+    times: Mapping[str, Sequence[float]]
+    waiting: float | None = None
+
+    @property
+    def count(self) -> int:
+        """How many rounds there are."""
+        return len(self.times.get(CANDIDATE, ())) // 2
+
+    def ratio(self) -> Interval:
+        """The candidate's time over the baseline's."""
+        pairs = [_per_round(self.times[side]) for side in (CANDIDATE, BASELINE)]
+        return _exp(_interval(np.log(pairs[0]) - np.log(pairs[1])))
+
+    def milliseconds(self, side: str) -> Interval:
+        """The time of one call of a side."""
+        return _exp(_interval(np.log(_per_round(self.times[side]))))
+
+
+def _per_round(times: Sequence[float]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = np.asarray(times, dtype=np.float64).reshape(-1, 2).mean(axis=1)
+    return found
+
+
+def _exp(found: Interval) -> Interval:
+    return Interval(math.exp(found.middle), math.exp(found.low), math.exp(found.high))
+
+
+def _interval(values: np.ndarray[Any, Any]) -> Interval:
+    """The median, and its circular block bootstrap interval (see the head of this file)."""
+    count = len(values)
+    block = min(count, max(1, math.ceil(2 * count ** (1 / 3))))
+    source = np.random.default_rng(0)
+    starts = source.integers(count, size=(_DRAWS, math.ceil(count / block)))
+    drawn = (starts[:, :, None] + np.arange(block)).reshape(_DRAWS, -1)[:, :count] % count
+    low, high = np.quantile(np.median(values[drawn], axis=1), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return Interval(float(np.median(values)), float(low), float(high))
+
+
+def measure(
+    baseline: Run,
+    candidate: Run,
+    limits: Sequence[float],
+    seconds: float,
+    *,
+    precision: float = 0.0,
+    progress: Callable[[float], None] | None = None,
+) -> Rounds:
+    """Time two sides against each other until it can be told on which side of every limit the ratio lies.
+
+    Args:
+        baseline: runs it once.
+        candidate: likewise.
+        limits: of the ratio of the candidate's time to the baseline's.
+        seconds: begin no more rounds after so many.
+        precision: go on until the interval's half-width is below this as well; for a ratio that others will
+            be held against, rather than a limit.
+        progress: called with the fraction of the time that is spent.
+    """
+    times: dict[str, list[float]] = {BASELINE: [], CANDIDATE: []}
+    repeats, chunk = _plan(baseline, candidate, seconds)
+    sides = {BASELINE: _repeated(baseline, repeats), CANDIDATE: _repeated(candidate, repeats)}
+    watch, start = _Waiting(), time.perf_counter()
+    for look in range(_LOOKS):
+        for _ in range(max(1, 2**look // 2)):  # 16, 32, 64, ... rounds in all, the clock looked at every 16
+            for side, row in interleave(sides, chunk).items():
+                times[side] += [each / repeats for each in row]
+            spent = (time.perf_counter() - start) / max(seconds, 1e-9)
+            if progress is not None:
+                progress(min(1.0, spent))
+            if spent >= 1:
+                return Rounds(times, watch.share())
+        ratio = Rounds(times).ratio()
+        told = all(ratio.tell(limit) != "unknown" for limit in limits)
+        if told and (not precision or ratio.half_width <= precision):
+            break
+    return Rounds(times, watch.share())
+
+
+def _plan(baseline: Run, candidate: Run, seconds: float) -> tuple[int, int]:
+    """Calls of a side within one timing, and rounds between two looks at the clock.
+
+    Several calls, so that even a model of microseconds can be timed; fewer rounds, so that one of seconds
+    does not take minutes.
+    """
+    warm = interleave({BASELINE: baseline, CANDIDATE: candidate}, 3)
+    best = [min(row) for row in warm.values()]
+    repeats = max(1, math.ceil(_ROUND_MS / max(min(best), 1e-6)))
+    a_round = 2 * sum(best) * repeats / 1e3
+    return repeats, max(_FEWEST, min(_FIRST, int(seconds / max(a_round, 1e-9))))
+
+
+def _repeated(run: Run, repeats: int) -> Run:
+    if repeats == 1:
+        return run
+
+    def often() -> None:
+        for _ in range(repeats):
+            run()
+
+    return often
+
+
+class _Waiting:
+    """How long the threads of this process were ready to run and had no core, from Linux's scheduler."""
+
+    def __init__(self) -> None:
+        self._start, self._times = time.perf_counter(), self._read()
+
+    def share(self) -> float | None:
+        """The part of the time that threads could have run and had to wait; None where that is not known."""
+        if self._times is None:
+            return None
+        ran, waited = 0.0, 0.0
+        for thread, (cpu, wait) in (self._read() or {}).items():
+            before = self._times.get(thread, (0, 0))
+            ran, waited = ran + cpu - before[0], waited + wait - before[1]
+        return round(waited / (ran + waited), 4) if ran + waited > 0 else None
+
+    @staticmethod
+    def _read() -> dict[str, tuple[int, int]] | None:
+        """By thread: nanoseconds on a core, and nanoseconds ready without one."""
+        found = {}
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            try:
+                cpu, wait, _ = path.read_text().split()
+            except (OSError, ValueError):
+                continue
+            found[path.parent.name] = int(cpu), int(wait)
+        return found or None
+
+
+def not_comparable(rounds: Rounds, locked: Mapping[str, Any] | None) -> str:
+    """Why a limit that seems broken proves nothing on this machine now; "" when it does.
+
+    Args:
+        rounds: what was timed.
+        locked: ``latency`` of the lock, when it was written on a machine like this one.
+    """
+    before = locked.get("waiting") if locked else None
+    most = min(_MOST_WAITING, max(_WAITING, (before or 0.0) + _MORE_WAITING))
+    if rounds.waiting is not None and rounds.waiting > most:
+        words = f"its threads waited for a core {rounds.waiting:.0%} of the time"
+        return f"{words}: other processes have the machine"
+    if locked:
+        slower = rounds.milliseconds(BASELINE).middle / locked["baseline_ms"]
+        if slower > _SLOWER:
+            words = f"the baseline itself takes {slower:.2f} times as long as for the lock"
+            return f"{words}: the machine is busy or throttled"
+    return ""
+
+
+def noise(locked: Mapping[str, Any]) -> str:
+    """What keeps the ratio of a lock from being a good one to hold others against; "" when nothing does."""
+    if (locked["waiting"] or 0.0) > _WAITING:
+        return f"the threads waited for a core {locked['waiting']:.0%} of the time: the machine is busy"
+    width = (locked["high"] - locked["low"]) / (2 * locked["ratio"])
+    return f"the ratio is known to {width:.1%} only" if width > 2 * _NARROW else ""
+
+
+def facts(rounds: Rounds, baseline: str) -> dict[str, Any]:
+    """What the lock keeps of the rounds."""
+    ratio = rounds.ratio()
+    return {
+        "baseline": baseline,
+        "ratio": round(ratio.middle, 4),
+        "low": round(ratio.low, 4),
+        "high": round(ratio.high, 4),
+        "baseline_ms": float(f"{rounds.milliseconds(BASELINE).middle:.4g}"),
+        "candidate_ms": float(f"{rounds.milliseconds(CANDIDATE).middle:.4g}"),
+        "rounds": rounds.count,
+        "waiting": rounds.waiting,
+    }

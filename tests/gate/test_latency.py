@@ -1,0 +1,146 @@
+"""The statistics of the speed verdict: intervals that cover, and machines that prove nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from graphopt.gate import latency
+from graphopt.gate.latency import BASELINE, CANDIDATE, Interval, Rounds
+
+Draw = Callable[[], float]
+
+
+def rounds_of(draw: Draw, count: int, slowdown: float = 1.0, waiting: float | None = 0.0) -> Rounds:
+    """Rounds as a machine gives them whose speed at every moment ``draw`` tells."""
+    times: dict[str, list[float]] = {BASELINE: [], CANDIDATE: []}
+    for _ in range(count):
+        first, second = 10 * draw(), 10 * slowdown * draw()
+        third, fourth = 10 * slowdown * draw(), 10 * draw()
+        times[BASELINE] += [first, fourth]
+        times[CANDIDATE] += [second, third]
+    return Rounds(times, waiting)
+
+
+def bursts(seed: int) -> Draw:
+    """A machine whose load comes and goes: states that last for a while, and interruptions."""
+    source, state = random.Random(seed), [1.0]
+
+    def draw() -> float:
+        if source.random() < 0.05:
+            state[0] = 1 + abs(source.gauss(0, 0.5))
+        interrupted = 3.0 if source.random() < 0.03 else 1.0
+        return state[0] * interrupted * (1 + source.gauss(0, 0.05))
+
+    return draw
+
+
+def test_the_interval_covers_the_truth_although_neighbouring_rounds_are_alike() -> None:
+    covered = 0
+    for seed in range(100):
+        found = rounds_of(bursts(seed), 64, 1.2).ratio()
+        covered += found.low <= 1.2 <= found.high
+    assert covered >= 97  # of 100; each is to be right with 99.4 %
+
+
+def test_drift_cancels() -> None:
+    clock = itertools.count()
+    found = rounds_of(lambda: 1 + 0.001 * next(clock), 32).ratio()
+    assert found.middle == pytest.approx(1, abs=1e-5)
+
+
+def test_a_round_that_was_interrupted_counts_once() -> None:
+    quiet = rounds_of(lambda: 1.0, 33, 1.1)
+    times = {side: list(row) for side, row in quiet.times.items()}
+    times[CANDIDATE][10] = 1e6
+    assert Rounds(times).ratio().middle == pytest.approx(1.1)
+
+
+def test_the_interval_is_in_milliseconds_too() -> None:
+    found = rounds_of(lambda: 1.0, 20, 1.5)
+    assert found.milliseconds(BASELINE).middle == pytest.approx(10)
+    assert found.milliseconds(CANDIDATE).middle == pytest.approx(15)
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"),
+    [
+        (Interval(1.2, 1.1, 1.3), "beyond"),
+        (Interval(0.9, 0.8, 1.0), "within"),
+        (Interval(1.0, 0.8, 1.3), "unknown"),
+        (Interval(1.04, 1.03, 1.06), "within"),  # narrow, and its middle keeps the limit
+        (Interval(1.06, 1.04, 1.07), "unknown"),
+        (Interval(math.nan, math.nan, math.nan), "unknown"),
+    ],
+)
+def test_a_limit_is_broken_only_by_the_whole_interval(interval: Interval, told: str) -> None:
+    assert interval.tell(1.05) == told
+
+
+def sleeping(milliseconds: float) -> Callable[[], None]:
+    return lambda: time.sleep(milliseconds / 1e3)
+
+
+def test_rounds_end_as_soon_as_they_can_tell() -> None:
+    start = time.perf_counter()
+    found = latency.measure(sleeping(2), sleeping(4), [1.05], seconds=60)
+    assert time.perf_counter() - start < 20
+    assert found.ratio().tell(1.05) == "beyond"
+    assert len(found.times[BASELINE]) == len(found.times[CANDIDATE]) == 2 * found.count
+
+
+def test_rounds_end_when_the_time_is_out() -> None:
+    found = latency.measure(sleeping(1), sleeping(1), [1.0], seconds=0.01)
+    assert found.count == 6
+
+
+def test_what_is_too_short_to_be_timed_is_called_several_times() -> None:
+    calls = [0, 0]
+
+    def call(side: int) -> Callable[[], None]:
+        def run() -> None:
+            calls[side] += 1
+
+        return run
+
+    found = latency.measure(call(0), call(1), [100.0], seconds=0.01)
+    assert calls[0] == calls[1] > 1000
+    assert found.milliseconds(BASELINE).middle < 0.05
+
+
+def test_a_machine_whose_threads_wait_proves_nothing() -> None:
+    found = rounds_of(lambda: 1.0, 16, waiting=0.5)
+    assert "its threads waited for a core 50% of the time" in latency.not_comparable(found, None)
+    locked = {"waiting": 0.45, "baseline_ms": 10.0}
+    assert (
+        latency.not_comparable(found, locked) != ""
+    )  # a lock that was written on a busy machine is no excuse
+    threads = rounds_of(lambda: 1.0, 16, waiting=0.35)  # the process's own, more than there are cores
+    assert latency.not_comparable(threads, {"waiting": 0.3, "baseline_ms": 10.0}) == ""
+    assert latency.not_comparable(threads, {"waiting": 0.0, "baseline_ms": 10.0}) != ""
+
+
+def test_a_machine_that_is_slower_than_it_was_proves_nothing() -> None:
+    found = rounds_of(lambda: 2.0, 16)
+    said = latency.not_comparable(found, {"waiting": 0.0, "baseline_ms": 10.0})
+    assert "the baseline itself takes 2.00 times as long as for the lock" in said
+    assert latency.not_comparable(rounds_of(lambda: 1.0, 16), {"waiting": 0.0, "baseline_ms": 10.0}) == ""
+
+
+def test_where_the_system_tells_nothing_about_waiting_the_rounds_decide() -> None:
+    assert latency.not_comparable(rounds_of(lambda: 1.0, 16, waiting=None), None) == ""
+
+
+def test_blocks_of_neighbours_make_wider_intervals_than_single_rounds_where_load_lasts() -> None:
+    values = np.repeat(np.random.default_rng(0).normal(size=16), 8)
+    blocks, single = (
+        latency._interval(values),
+        latency._interval(np.random.default_rng(1).permutation(values)),
+    )
+    assert blocks.high - blocks.low > 1.5 * (single.high - single.low)
