@@ -180,7 +180,7 @@ def choose(
 
 def _outside(plan: Plan, remarks: Remarks) -> str:
     """The nodes that no CUDA graph holds, and why; "" for none."""
-    said_of = {row.node: row.reason for row in remarks.rows if row.pass_name == "partition"}
+    said_of = {row.node: row.reason for row in remarks.of_kind("missed") if row.pass_name == "partition"}
     found = []
     for step in plan.outside_cuda_graphs():
         whole = next((note.reason for note in step.program.notes() if note.kind == "missed"), "")

@@ -11,9 +11,11 @@ from graphopt.compiler.manager import PassManager
 from graphopt.compiler.reference import output_reference
 from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph, op_name
 from graphopt.kernels import _triton
 from graphopt.passes.default import pipeline
+from graphopt.runtime.candidates import choose, plan_candidates
 from graphopt.runtime.executors.cuda import Cuda, CudaProgram, uncapturable
 from graphopt.runtime.region import extract
 from graphopt.runtime.target import Target
@@ -87,6 +89,24 @@ def test_a_capture_that_fails_is_a_remark_on_the_region() -> None:
     assert prepared.program.describe()["graphed_nodes"] == 0
     (note,) = (note for note in prepared.program.notes() if note.kind == "missed")
     assert note.reason.startswith("region0 runs without a CUDA graph: RuntimeError: CUDA error")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_is_outside_the_graphs_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inverse(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(torch.linalg.inv(torch.tanh(x) + 3 * torch.eye(4)))
+
+    monkeypatch.setattr(Cuda, "supports", lambda self, node, target: uncapturable(node, CPU))
+    graph, inputs = capture_any(Inverse().eval(), (randn(4, 4),))
+    remarks, target = Remarks(), Target(CPU)
+    found = plan_candidates(graph, graph, ("cuda", "eager"), target, remarks, "fast")
+    reference = output_reference(graph, inputs, MODEL_FLOOR_ULPS)
+    with pytest.raises(
+        LoweringError,
+        match=r"outside CUDA graphs are aten.linalg_inv \(linalg_inv: cuda: .* waits for the GPU to see",
+    ):
+        choose(found, inputs, reference, target, remarks, timed=False, require_cuda_graph=True)
 
 
 def graph_of(forward: torch.nn.Module) -> Graph:
