@@ -105,11 +105,12 @@ def _exporter_with(ops: tuple[str, ...]) -> _Exporter:
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
     for view in registry.get_decomps(aten.view.default):  # its own reshape takes a size of 0 for "as it was"
         registry.register_op(aten.reshape.default, view.onnx_function, is_complex=view.is_complex)
-    for target, translation in (
+    translations: tuple[tuple[Any, Any], ...] = (
         *((OPS[name].overload, OPS[name].onnx) for name in ops),
         (aten.linear.default, linear),
         (aten.group_norm.default, group_norm),
-    ):
+    )
+    for target, translation in translations:
         registry.register_op(target, translation)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table = _decomp.create_onnx_friendly_decomposition_table(known)
