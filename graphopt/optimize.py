@@ -21,7 +21,7 @@ from graphopt.compiler.pass_ import Pass
 from graphopt.compiler.reference import Reference, computed, output_reference
 from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
-from graphopt.errors import InputError
+from graphopt.errors import InputError, TargetError
 from graphopt.ir.graph import Graph
 from graphopt.observe.report import Candidate, Report
 from graphopt.observe.snapshot import memory_of, snapshot, versions
@@ -49,6 +49,7 @@ def optimize(
     max_loss: float | None = None,
     metric: Metric | None = None,
     effort: str = "measured",
+    require_cuda_graph: bool = False,
     on_mismatch: OnMismatch = "error",
     progress: Progress | None = None,
 ) -> OptimizedModel:
@@ -73,6 +74,7 @@ def optimize(
             largest relative distance in the 2-norm by default.
         effort: ``"measured"`` times the candidates on the example inputs; ``"fast"`` takes the first that is
             right.
+        require_cuda_graph: fail rather than run a node outside a CUDA graph; for a target that is a GPU.
         on_mismatch: what a call with other dtypes, ranks, devices or sizes does: ``"error"``, or
             ``"fallback"``, which runs the original and counts it.
         progress: called with (what is being done, fraction done).
@@ -85,7 +87,8 @@ def optimize(
         CaptureError: the model cannot be captured.
         TargetError: the target or an executor is unknown or not there.
         PassError: a pass is unknown.
-        LoweringError: the executors that were insisted on cannot run the model.
+        LoweringError: the executors that were insisted on cannot run the model, or a node is outside a CUDA
+            graph and ``require_cuda_graph`` is set.
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
@@ -98,6 +101,10 @@ def optimize(
         ops_before = captured.op_counts()
         selection = select(captured, outputs)
     where = Target.of(target, _home(original, inputs))
+    if require_cuda_graph and where.device.type != "cuda":
+        raise TargetError(
+            f"require_cuda_graph=True, but the target is {where}", hint="move the model to a GPU"
+        )
     remarks = Remarks()
     with clock.stage("rewrite", 0.2):
         base, lossy, loss = _within(budget, captured, passes, inputs, remarks)
@@ -111,9 +118,12 @@ def optimize(
         outcome = _verified(outcome, base, inputs, reference, manager, older)
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("lower", 0.5):
-        candidates = plan_candidates(base, outcome.graph, executors, where, remarks)
+        candidates = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
     with clock.stage("measure", 0.8):
-        chosen = choose(candidates, inputs, reference, where, remarks, timed=effort == "measured")
+        timed, graphed = effort == "measured", require_cuda_graph
+        chosen = choose(
+            candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=graphed
+        )
     outcome.rewrites[:0] = lossy
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
     assert chosen.best.plan is not None

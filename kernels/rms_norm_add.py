@@ -56,7 +56,8 @@ def _shape(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None,
 def _reference(
     x: torch.Tensor, residual: torch.Tensor, weight_D: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    return (residual + rms_norm.OP.reference(x, weight_D, eps)).contiguous()
+    total: torch.Tensor = residual + rms_norm.OP.reference(x, weight_D, eps)
+    return total.contiguous()
 
 
 def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> Cost:

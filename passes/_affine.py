@@ -98,15 +98,15 @@ def _affine(node: fx.Node, source: Any, scale: Any, shift: Any, constant: Any = 
     while isinstance(constant, fx.Node) and constant.op == "call_function":
         constant = constant.args[0]
     made_from = (constant,) if isinstance(constant, fx.Node) else ()
-    return Affine(source, _of_rank(scale, val.dim()), _of_rank(shift, val.dim()), made_from)
+    return Affine(source, _of_rank(scale, val), _of_rank(shift, val), made_from)
 
 
-def _of_rank(value: Any, rank: int) -> Any:
-    """A number or tensor with dimensions of size 1 put in front."""
+def _of_rank(value: Any, like: torch.Tensor) -> Any:
+    """A number or tensor with dimensions of size 1 put in front, on the device of what it belongs to."""
     if value is None:
         return None
-    wide = torch.as_tensor(value, dtype=torch.float64)
-    return wide.reshape((1,) * (rank - wide.dim()) + tuple(wide.shape))
+    wide = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+    return wide.reshape((1,) * (like.dim() - wide.dim()) + tuple(wide.shape))
 
 
 def _batch_norm(graph: Graph, node: fx.Node) -> Affine | str | None:

@@ -22,6 +22,7 @@ from graphopt.ir.pattern import argument
 from graphopt.passes._axes import Axis, fits, rule, shape
 from graphopt.passes._layers import CONVOLUTIONS, TRANSPOSED
 from graphopt.passes._ranges import as_uniform
+from graphopt.passes._stacks import Stack, stacked, taken
 
 aten = torch.ops.aten
 
@@ -113,7 +114,8 @@ class Group:
         """(units,) bool: zero in the weights of every layer that reads them."""
         found = torch.full((self.units,), bool(self.read))
         for one, axis in self.read.values():
-            found &= blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3).all(2).all(0)
+            zero = blocks(self.graph, one.weight, one.read, axis, self.units).eq(0)
+            found &= zero.all(3).all(2).all(0).cpu()
         return found
 
     def unmade(self, every_part: bool = True) -> torch.Tensor:
@@ -133,7 +135,7 @@ class Group:
         values = constants(self)
         found = torch.ones(self.units, dtype=torch.bool)
         for node, (one, axis) in self.read.items():
-            zero = blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3)
+            zero = blocks(self.graph, one.weight, one.read, axis, self.units).eq(0).all(3).cpu()
             value = values[node.all_input_nodes[0]]
             known = value.eq(0) | (value.isfinite() & takes_constants(one))
             found &= (zero | known).all(2).all(0)
@@ -220,7 +222,7 @@ def _zero_rows(graph: Graph, one: Layer, axis: Axis, units: int) -> torch.Tensor
     zero = blocks(graph, one.weight, one.made, axis, units).eq(0).all(3)
     if one.bias is not None:
         zero &= blocks(graph, one.bias, 0, axis, units).eq(0).all(3)
-    return zero.all(2)
+    return zero.all(2).cpu()
 
 
 def takes_constants(one: Layer) -> bool:
@@ -242,15 +244,21 @@ def _unpadded(node: fx.Node) -> bool:
 
 
 def constants(group: Group) -> dict[fx.Node, torch.Tensor]:
-    """The value that each channel has whatever the inputs are, NaN where it varies: (outer, units, inner)."""
+    """What each channel is for all inputs, NaN where it varies: (outer, units, inner), on the CPU."""
     values: dict[fx.Node, torch.Tensor] = {}
+    stacks: dict[fx.Node, Stack] = {}
     for node in sorted(group.axes):
         axis = group.axes[node]
         size = axis.outer, group.units, axis.inner
+        part, stack = taken(node, stacks), stacked(node, group.axes, values, stacks, _as)
+        if stack is not None:
+            stacks[node] = stack
         if node in group.made:
             values[node] = _made(group, group.made[node], axis)
         elif is_depthwise(group.graph, node):
             values[node] = _filtered(group, node, values)
+        elif part is not None:
+            values[node] = _as(part, axis)
         else:
             values[node] = _passed(group, node, values).broadcast_to(size)
     return values
@@ -258,21 +266,21 @@ def constants(group: Group) -> dict[fx.Node, torch.Tensor]:
 
 def _made(group: Group, one: Layer, axis: Axis) -> torch.Tensor:
     """The bias where a row is zero."""
-    zero = blocks(group.graph, one.weight, one.made, axis, group.units).eq(0).all(3)
+    zero = blocks(group.graph, one.weight, one.made, axis, group.units).eq(0).all(3).cpu()
     bias = torch.zeros(()).double()
     if one.bias is not None:
-        bias = blocks(group.graph, one.bias, 0, axis, group.units)[..., 0].double()
+        bias = blocks(group.graph, one.bias, 0, axis, group.units)[..., 0].double().cpu()
     return torch.where(zero, bias, torch.nan)
 
 
 def _filtered(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
     """The bias, where the filter of a channel or the channel is zero."""
     axis = group.axes[node]
-    zero = blocks(group.graph, argument(node, "weight"), 0, axis, group.units).eq(0).all(3)
+    zero = blocks(group.graph, argument(node, "weight"), 0, axis, group.units).eq(0).all(3).cpu()
     zero |= _as(values[node.all_input_nodes[0]], axis).eq(0)
     bias = torch.zeros(()).double()
     if argument(node, "bias") is not None:
-        bias = blocks(group.graph, argument(node, "bias"), 0, axis, group.units)[..., 0].double()
+        bias = blocks(group.graph, argument(node, "bias"), 0, axis, group.units)[..., 0].double().cpu()
     return torch.where(zero, bias, torch.nan)
 
 
@@ -305,7 +313,7 @@ def _normalised(group: Group, node: fx.Node, value: torch.Tensor) -> torch.Tenso
     numbers = [None if source is None else group.graph.constant(source) for source in given]
     if any(number is None and source is not None for number, source in zip(numbers, given, strict=True)):
         return torch.full((), torch.nan).double()
-    wide = [None if number is None else number.double() for number in numbers]
+    wide = [None if number is None else number.double().cpu() for number in numbers]
     eps = argument(node, "eps")
     normed: torch.Tensor = aten.batch_norm.default(value.reshape(1, -1), *wide, False, 0.0, eps, False)
     return normed.reshape(value.shape)
@@ -322,7 +330,7 @@ def _computed(group: Group, node: fx.Node, values: dict[fx.Node, torch.Tensor]) 
         if source in values:
             return _as(values[source], axis)
         if source in behind and group.graph.constant(source) is not None:
-            block = blocks(group.graph, source, axis.dim, behind[source], group.units).double()
+            block = blocks(group.graph, source, axis.dim, behind[source], group.units).double().cpu()
             return torch.where((block == block[..., :1]).all(3), block[..., 0], torch.nan)
         number = as_uniform(group.graph, source)
         return torch.tensor(torch.nan if number is None else float(number)).double()

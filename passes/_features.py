@@ -256,8 +256,10 @@ def _taken(followed: Followed, node: fx.Node) -> Any:
     else:
         at, last = argument(node, "index"), argument(node, "dim") in (-1, _rank(node) - 1)
     order = followed.graph.constant(at) if last else None
-    known = order is not None and order.dtype == torch.long and order.dim() == 1
-    fits = known and isinstance(features, Features) and len(features.layout) == 1
+    if order is None or order.dtype != torch.long or order.dim() != 1:
+        return None
+    order = order.cpu()
+    fits = isinstance(features, Features) and len(features.layout) == 1
     return features.each(lambda t: t[order]) if fits else None
 
 
@@ -311,7 +313,7 @@ def _signs(followed: Followed, features: Features, factor: fx.Node) -> torch.Ten
     own = padded[len(padded) - len(layout) :]
     fits = all(size == 1 for size in padded[: len(padded) - len(layout)])
     fits = fits and all(size in (1, whole) for size, whole in zip(own, layout, strict=True))
-    return constant.long().reshape(own).expand(layout) if fits else None
+    return constant.long().cpu().reshape(own).expand(layout) if fits else None
 
 
 def _turned(value: Complex, table: fx.Node) -> Complex | None:

@@ -13,6 +13,7 @@ from graphopt.ir.pattern import Match, argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.passes._axes import Axis, fits, parts, shape
 from graphopt.passes._channels import Group, follow, layer
+from graphopt.passes._permutations import PERMUTATIONS
 
 aten = torch.ops.aten
 
@@ -97,11 +98,19 @@ def _stacked(group: Group) -> str | None:
     """Why zeros in one of the parts that a layer makes are not seen, or None.
 
     What is known of parts that are split is known behind the split; of parts that a reshape gives a dimension
-    of their own, only what they have in common is.
+    of their own, behind what takes them out one by one.
     """
     for node, axis in group.axes.items():
         source = node.all_input_nodes[0]
         parts = group.axes[source].outer if source in group.axes else 1
-        if node.target is aten.reshape.default and parts > axis.outer:
+        if node.target is aten.reshape.default and parts > axis.outer and not _taken_apart(node):
             return f"{node.name} stacks {parts} parts of one projection, which are not told apart"
     return None
+
+
+def _taken_apart(node: fx.Node) -> bool:
+    return all(
+        user.target in (aten.unbind.int, aten.select.int)
+        or (user.target in PERMUTATIONS and _taken_apart(user))
+        for user in node.users
+    )

@@ -54,6 +54,7 @@ from graphopt.passes import (
     merge_permutes,
     merge_quantizations,
     merge_reshapes,
+    prune_asserts,
     prune_channels_by_magnitude,
     prune_heads_by_magnitude,
     prune_two_of_four,
@@ -80,6 +81,7 @@ class Entry:
 
 
 PIPELINE: tuple[Entry, ...] = (
+    Entry(prune_asserts.PASS, "first: nothing below folds, merges or fuses around what only a check reads"),
     Entry(remove_noops.PASS, "patterns then see producers, not casts and views that do nothing"),
     Entry(fold_sizes.PASS, "what is made of equal sizes is then equal, and merged below"),
     Entry(merge_casts.PASS, "likewise: a value, not the round trip that it makes through another type"),

@@ -78,7 +78,9 @@ def _site(match: Match) -> Site:
     values = {name: match.graph.constant(_weight(norm, name)) for name in ("weight", "bias")}
     size = int(argument(norm, "x" if norm.target is RMS_NORM.overload else "input").meta["val"].shape[-1])
     wide = {n: None if v is None else v.double().reshape(*[1] * (rank - 1), size) for n, v in values.items()}
-    scale = wide["weight"] if wide["weight"] is not None else torch.ones([1] * rank, dtype=torch.float64)
+    scale = wide["weight"]
+    if scale is None:
+        scale = torch.ones([1] * rank, dtype=torch.float64, device=norm.meta["val"].device)
     constants = tuple(_weight(norm, name) for name, value in values.items() if value is not None)
     return Site(Affine(norm, scale, wide["bias"], constants), norm, match["layers"], behind=False)
 

@@ -204,8 +204,9 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     """One op; two weights stay two, so that they are shared with the model, and of one both are views."""
     product = match["gate"].linear
     if _is_grouped(product):
-        args = match["x"], product.args[1], _ends(product), _activation(match), match["gate"].part[0] > 0
-        gated = rewriter.call(GROUPED_GATED_MLP.overload, *args)
+        up_first = match["gate"].part[0] > 0
+        given = match["x"], product.args[1], _ends(product), _activation(match), up_first
+        gated = rewriter.call(GROUPED_GATED_MLP.overload, *given)
         rewriter.replace(match.root, gated)
         return
     sides = (match["gate"], match["up"])

@@ -29,6 +29,7 @@ class Rewriter:
         self.staged: list[fx.Node] = []
         self.replaced: dict[fx.Node, fx.Node] = {}
         self.removed: list[fx.Node] = []
+        self.proved: set[fx.Node] = set()
         self._from = provenance.merge(match.root, match.nodes)
         self._anchor = match.nodes[0]
 
@@ -84,9 +85,16 @@ class Rewriter:
             )
         self.replaced[old] = new
 
-    def remove(self, node: fx.Node) -> None:
-        """Erase a node that nobody reads, once the rewrite is verified."""
+    def remove(self, node: fx.Node, *, proved: bool = False) -> None:
+        """Erase a node that nobody reads, once the rewrite is verified.
+
+        Args:
+            node: it stays where it has an effect, unless that is proved to be none.
+            proved: the node is an assertion, and the pass has proved that it holds at every call.
+        """
         self.removed.append(node)
+        if proved:
+            self.proved.add(node)
 
     def commit(self) -> None:
         """Wire the staged nodes in and erase what they replace."""
@@ -96,7 +104,7 @@ class Rewriter:
                 user.replace_input_with(old, new)
         if self._out_of_order():
             self.graph.sort()
-        self.graph.erase_dead(self.removed)
+        self.graph.erase_dead(self.removed, self.proved)
         self.graph.erase_dead(reversed([n for n in self.match.nodes if not n._erased]))
         self.graph.erase_dead([n for n in reversed(self.staged) if not n._erased])
 

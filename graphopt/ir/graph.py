@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,12 @@ from graphopt.ir.provenance import KEY, Provenance
 aten = torch.ops.aten
 
 # What keeps a node alive although nobody reads its value.
-_EFFECTS = frozenset({aten.sym_constrain_range_for_size.default, aten._assert_scalar.default})
+_EFFECTS = frozenset(
+    {
+        *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
+        *(aten._assert_scalar.default, aten._assert_async.default, aten._assert_async.msg),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,19 @@ class Graph:
         node.meta[KEY] = made_from
         return node
 
-    def erase_dead(self, candidates: Iterable[Node]) -> list[str]:
-        """Erase those of the candidates that nobody uses, and what dies with them; returns their names."""
+    def erase_dead(self, candidates: Iterable[Node], proved: Collection[Node] = ()) -> list[str]:
+        """Erase those of the candidates that nobody uses, and what dies with them; returns their names.
+
+        Args:
+            candidates: nodes; one that has an effect stays.
+            proved: assertions that cannot fail: these go although they have an effect.
+        """
         erased, work = [], list(candidates)
         while work:
             node = work.pop()
-            if node._erased or node.users or node.op in ("placeholder", "output") or has_effect(node):
+            if node._erased or node.users or node.op in ("placeholder", "output"):
+                continue
+            if has_effect(node) and node not in proved:
                 continue
             producers = node.all_input_nodes
             erased.append(node.name)

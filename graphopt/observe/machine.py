@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -19,7 +20,12 @@ def cpu_name() -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit that a folder is at, with a mark when the tree differs from it; "unknown" outside git."""
+    """The commit that a folder is at, with a mark when the tree differs from it; "unknown" outside git.
+
+    ``GRAPHOPT_COMMIT`` names it where the tree was sent without its history, as to a GPU machine.
+    """
+    if said := os.environ.get("GRAPHOPT_COMMIT"):
+        return said
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)

@@ -126,6 +126,22 @@ class Report:
         return speed_ratio(self.chosen, self.baseline)
 
     @property
+    def cuda_graphs(self) -> dict[str, float] | None:
+        """The CUDA graphs as the optimization left them; None where the plan runs on the CPU.
+
+        ``coverage`` is the share of the nodes that they hold, ``count`` how many there are (one a shape and
+        step), ``bytes`` what their memory pools hold.
+        """
+        if not self.plan or not str(self.plan[0]["device"]).startswith("cuda"):
+            return None
+        nodes = sum(row["nodes"] for row in self.plan)
+        return {
+            "coverage": sum(row.get("graphed_nodes", 0) for row in self.plan) / max(nodes, 1),
+            "count": sum(row.get("cuda_graphs", 0) for row in self.plan),
+            "bytes": sum(row.get("cuda_graph_bytes", 0) for row in self.plan),
+        }
+
+    @property
     def verified(self) -> bool:
         """False when the rewritten model differed as a whole, so that every rewrite was reverted."""
         return not any(remark.pass_name == "verify" and remark.kind == "missed" for remark in self.remarks)
@@ -170,6 +186,7 @@ class Report:
                 "remarks": [remark.to_dict() for remark in self.remarks],
                 "candidates": [candidate.to_dict() for candidate in self.candidates],
                 "plan": list(self.plan),
+                "cuda_graphs": self.cuda_graphs,
                 "node_times": [asdict(row) for row in self.node_times],
                 "memory": self.memory,
                 "versions": self.versions,

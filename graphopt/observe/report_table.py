@@ -88,6 +88,12 @@ def _plan(report: Report) -> Table:
     for row in report.plan:
         most = ", ".join(f"{op} {count}" for op, count in list(row["ops"].items())[:4])
         table.add_row(*map(Text, (row["step"], row["executor"], row["device"], str(row["nodes"]), most)))
+    graphs = report.cuda_graphs
+    if graphs is not None:
+        table.caption = (
+            f"{graphs['coverage']:.0%} of the nodes in {graphs['count']} CUDA graphs,"
+            f" whose memory is {summary.size(graphs['bytes'])}"
+        )
     return table
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, LoweringError, said
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import find_executors, partition
@@ -20,6 +21,7 @@ from graphopt.runtime.profile import NodeTime, node_times
 from graphopt.runtime.target import Target
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
+_WORTH_COMPILING_MS = 50.0  # a call's roofline on the CPU above which Inductor is tried
 
 
 @dataclass
@@ -69,7 +71,12 @@ class Choice:
 
 
 def plan_candidates(
-    captured: Graph, rewritten: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks
+    captured: Graph,
+    rewritten: Graph,
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
 ) -> list[Candidate]:
     """Compile every way to run the model.
 
@@ -79,29 +86,45 @@ def plan_candidates(
         executors: the only ones to use, in order of preference; None for every way there is.
         target: where.
         remarks: takes what was refused.
+        effort: "measured" compiles every way, "fast" leaves out those that take long to compile.
 
     Raises:
         LoweringError: the executors insisted on cannot run the model.
         TargetError: an executor is unknown.
     """
     if executors is not None:
-        plan = partition(rewritten, find_executors(executors), target, remarks)
+        plan = partition(rewritten, find_executors(executors), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
     ways: list[tuple[str, Graph, tuple[str, ...]]] = [
         ("eager", rewritten, ("eager",)),
         ("eager (captured graph)", captured, ("eager",)),
     ]
-    if target.device.type == "cpu":
-        ways.insert(0, ("ort", rewritten, ("ort", "eager")))
+    if effort == "measured" and _is_worth_compiling(rewritten, target):
+        ways.insert(0, ("inductor", rewritten, ("inductor", "eager")))
+    native = "ort" if target.device.type == "cpu" else "cuda"
+    ways.insert(0, (native, rewritten, (native, "eager")))
     candidates = []
     for name, graph, order in ways:
+        candidate = Candidate(name, graph, None)
+        candidates.append(candidate)
         try:
-            plan = partition(graph, find_executors(order), target, remarks)
-            candidates.append(Candidate(name, graph, plan))
+            plan = partition(graph, find_executors(order), target, remarks, effort)
         except GraphoptError as error:
-            candidates.append(Candidate(name, graph, None))
-            candidates[-1].drop(error.message, remarks)
+            candidate.drop(error.message, remarks)
+            continue
+        if plan.steps and order[0] not in {step.executor for step in plan.steps}:
+            candidate.drop(f"{order[0]} runs no part of it", remarks)
+            continue
+        candidate.plan = plan
     return candidates
+
+
+def _is_worth_compiling(graph: Graph, target: Target) -> bool:
+    """Whether Inductor is tried: on a GPU always, on the CPU where a call takes long.
+
+    Its C++ takes a minute to compile for BERT-base on two cores, whatever is gained by it at a call.
+    """
+    return target.device.type != "cpu" or graph_milliseconds(graph, target.limits) >= _WORTH_COMPILING_MS
 
 
 def choose(
@@ -112,6 +135,7 @@ def choose(
     remarks: Remarks,
     *,
     timed: bool,
+    require_cuda_graph: bool = False,
 ) -> Choice:
     """Check every candidate against float64, time those that are right, and mark the fastest.
 
@@ -122,6 +146,7 @@ def choose(
         target: where they run.
         remarks: takes why a candidate was dropped.
         timed: measure; otherwise the first that is right is taken.
+        require_cuda_graph: take only those that run in CUDA graphs as a whole.
 
     Raises:
         LoweringError: no candidate gives the right answer.
@@ -129,6 +154,10 @@ def choose(
     for candidate in candidates:
         if candidate.plan is not None:
             _check(candidate, candidate.plan, inputs, reference, remarks)
+        if candidate.plan is not None and require_cuda_graph:
+            outside = _outside(candidate.plan, remarks)
+            if outside:
+                candidate.drop(f"outside CUDA graphs are {outside}", remarks)
     right = [candidate for candidate in candidates if candidate.plan is not None]
     if not right:
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
@@ -143,7 +172,26 @@ def choose(
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
+    for step in best.plan.steps:
+        for note in step.program.notes():
+            remarks.add(note.kind, step.executor, note.node, note.reason)
     return Choice(candidates)
+
+
+def _outside(plan: Plan, remarks: Remarks) -> str:
+    """The nodes that no CUDA graph holds, and why; "" for none."""
+    said_of = {row.node: row.reason for row in remarks.of_kind("missed") if row.pass_name == "partition"}
+    found = []
+    for step in plan.outside_cuda_graphs():
+        whole = next((note.reason for note in step.program.notes() if note.kind == "missed"), "")
+        for node in step.region.graph.calls:
+            reason = whole or said_of.get(node.name) or f"{step.executor} makes no CUDA graph"
+            found.append(f"{op_name(node)} ({node.name}: {reason})")
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more
+
+
+_NAMED = 8  # nodes in an error's message
 
 
 def _runner(plan: Plan, inputs: Sequence[torch.Tensor]) -> Any:

@@ -38,7 +38,7 @@ def judge_by_comparison(
 
     def judge(applied: int) -> Answer:
         rewritten = PassManager(passes, Remarks(), limits, limit=applied).run(graph.clone(), inputs).graph
-        for candidate in plan_candidates(graph, rewritten, None, Target(device), Remarks()):
+        for candidate in plan_candidates(graph, rewritten, None, Target(device), Remarks(), "fast"):
             if candidate.plan is None or candidate.graph is graph:
                 continue
             for draw, reference in zip(draws, references, strict=True):

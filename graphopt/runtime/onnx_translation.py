@@ -109,11 +109,12 @@ def _exporter_with(ops: tuple[str, ...]) -> _Exporter:
     attention = aten.scaled_dot_product_attention.default
     for theirs in registry.get_decomps(attention):
         registry.register_op(attention, of_equal_sizes(theirs.onnx_function))
-    for target, translation in (
+    translations: tuple[tuple[Any, Any], ...] = (
         *((OPS[name].overload, OPS[name].onnx) for name in ops),
         (aten.linear.default, linear),
         (aten.group_norm.default, group_norm),
-    ):
+    )
+    for target, translation in translations:
         registry.register_op(target, translation)
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     table = _decomp.create_onnx_friendly_decomposition_table(known)

@@ -31,7 +31,9 @@ def find_executors(names: Sequence[str]) -> list[Executor]:
     return [EXECUTORS[name] for name in names]
 
 
-def partition(graph: Graph, executors: Sequence[Executor], target: Target, remarks: Remarks) -> Plan:
+def partition(
+    graph: Graph, executors: Sequence[Executor], target: Target, remarks: Remarks, effort: str = "measured"
+) -> Plan:
     """Cut a graph into regions and compile each with the first executor that takes it.
 
     Nodes go to the first executor that supports them; neighbours of one executor form a region. A region that
@@ -42,6 +44,7 @@ def partition(graph: Graph, executors: Sequence[Executor], target: Target, remar
         executors: in order of preference.
         target: where it is to run.
         remarks: takes the reasons of what was refused.
+        effort: "measured" lets executors time alternatives, "fast" does not.
 
     Raises:
         LoweringError: no executor takes a node, or all of them failed on a region.
@@ -51,7 +54,7 @@ def partition(graph: Graph, executors: Sequence[Executor], target: Target, remar
     for index, (executor, nodes) in enumerate(_regions(graph, owner)):
         region = extract(graph, nodes, f"region{index}")
         fallbacks = executors[executors.index(executor) :]
-        steps.append(_compile(region, fallbacks, target, remarks))
+        steps.append(_compile(region, fallbacks, target, remarks, effort))
         _analyse(steps[-1], target, remarks)
     outputs, constants = ends_of(graph)
     inputs = tuple(node.name for node in graph.placeholders)
@@ -112,11 +115,13 @@ def _regions(graph: Graph, owner: dict[fx.Node, Executor]) -> list[tuple[Executo
     return [(owner[nodes[0]], nodes) for _, nodes in sorted(groups.items(), key=lambda item: item[0][0])]
 
 
-def _compile(region: Region, executors: Sequence[Executor], target: Target, remarks: Remarks) -> Step:
+def _compile(
+    region: Region, executors: Sequence[Executor], target: Target, remarks: Remarks, effort: str
+) -> Step:
     problems = []
     for executor in executors:
         try:
-            return Step(executor.name, region, executor.compile(region, target))
+            return Step(executor.name, region, executor.compile(region, target, effort))
         except LoweringError as error:
             problems.append(error)
             remarks.add("missed", "lower", region.graph.calls[0], f"{executor.name}: {error.message}")

@@ -63,9 +63,14 @@ class Plan:
                     "ops": counts,
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
+                    **step.program.describe(),
                 }
             )
         return rows
+
+    def outside_cuda_graphs(self) -> list[Step]:
+        """The steps that launch their kernels one by one; known once the plan has run."""
+        return [step for step in self.steps if not step.program.describe().get("graphed_nodes")]
 
     def __str__(self) -> str:
         lines = [f"plan on {self.device}: {len(self.steps)} steps"]

@@ -204,6 +204,8 @@ def test_what_has_an_effect_is_not_erased() -> None:
     effects = [node for node in graph.calls if has_effect(node)]
     assert effects
     assert graph.erase_dead(effects) == []
+    assert {node.name for node in effects} <= set(graph.erase_dead(effects, proved=effects))
+    graph.check()
 
 
 def test_unused_constants_are_dropped(graph: Graph) -> None:

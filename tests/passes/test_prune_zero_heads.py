@@ -162,20 +162,40 @@ def selected(m, x):
     return m.o(merged(F.scaled_dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])))
 
 
-@pytest.mark.parametrize(("attend", "rows"), [(chunked, 24), (unbound, 36), (selected, 36)])
-def test_one_projection_to_all_three(attend, rows: int) -> None:
-    """Zero values are told from zero queries where the three are split, not yet where they are stacked."""
+@pytest.mark.parametrize("attend", [chunked, unbound, selected])
+@pytest.mark.parametrize("dynamic", [None, {"x": {0: "batch", 1: "seq"}}])
+def test_one_projection_to_all_three(attend, dynamic) -> None:
+    """Zero values are told from zero queries where the three are split, and where they are stacked."""
 
     def forward(m, x):
         return attend(m, x)
 
     model = program(forward, v=nn.Linear(16, 3 * H * D), o=nn.Linear(H * D, 16))
-    ran = run(PASS, without(model, values=[2 * H + 1], outputs=[2]), X, redraw=False)
-    assert widths(ran) == [rows, rows // 3]
+    without(model, values=[2 * H + 1], outputs=[2])
+    ran = run([remove_noops.PASS, PASS], model, X, redraw=False, dynamic=dynamic)
+    assert widths(ran) == [24, 8]
+    assert ran.kept[PASS.name] == 1
+    if dynamic is not None:
+        ran.agrees(randn(3, 4, 16)).agrees(randn(1, 9, 16))
 
 
-def test_zero_values_in_a_stack_are_refused() -> None:
-    model = program(unbound, v=nn.Linear(16, 3 * H * D), o=nn.Linear(H * D, 16))
+@pytest.mark.parametrize("part", [0, 1])
+def test_zero_queries_and_keys_in_a_stack_stay(part: int) -> None:
+    def forward(m, x):
+        return unbound(m, x)
+
+    model = program(forward, v=nn.Linear(16, 3 * H * D), o=nn.Linear(H * D, 16))
+    run(PASS, without(model, values=[part * H + 1]), X, redraw=False).stays()
+
+
+def sliced(m, x):
+    qkv = m.v(x).reshape(*x.shape[:2], 3, H, D).transpose(1, 3)
+    q, k, v = (qkv[:, :, i : i + 1].squeeze(2) for i in range(3))
+    return m.o(merged(F.scaled_dot_product_attention(q, k, v)))
+
+
+def test_zero_values_in_a_stack_that_is_sliced_are_refused() -> None:
+    model = program(sliced, v=nn.Linear(16, 3 * H * D), o=nn.Linear(H * D, 16))
     ran = run(PASS, without(model, values=[2 * H + 1]), X, redraw=False)
     ran.refuses("1 of 4 heads are zero, but (view|reshape) stacks 3 parts of one projection")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import fx
@@ -21,6 +21,39 @@ class Program(Protocol):
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
         """Run, and tell what each node took."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan's row says of the program besides, JSON-ready; known in full once it has run."""
+
+    def notes(self) -> list[Note]:
+        """What it has to remark, once it has run."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a program says of a node.
+
+    Args:
+        kind: as of a remark.
+        node: a call of its region.
+        reason: in words.
+    """
+
+    kind: Literal["missed", "analysis"]
+    node: fx.Node
+    reason: str
+
+
+class Silent:
+    """A program that has nothing to say besides what the plan knows."""
+
+    def describe(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def notes(self) -> list[Note]:
+        """Nothing."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -46,8 +79,13 @@ class Executor(Protocol):
     def supports(self, node: fx.Node, target: Target) -> str | None:
         """Why this executor cannot take a node, or None when it can."""
 
-    def compile(self, region: Region, target: Target) -> Program:
+    def compile(self, region: Region, target: Target, effort: str) -> Program:
         """Compile a region of supported nodes.
+
+        Args:
+            region: the region.
+            target: where it is to run.
+            effort: "measured" may time alternatives, "fast" times nothing.
 
         Raises:
             LoweringError: the region cannot be compiled after all; the next executor is asked.

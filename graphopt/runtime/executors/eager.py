@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import op_name
-from graphopt.runtime.executors._protocol import KernelTime
+from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
 
-class EagerProgram:
+class EagerProgram(Silent):
     """A region as generated Python over ATen ops."""
 
     def __init__(self, region: Region) -> None:
@@ -62,6 +62,6 @@ class Eager:
         """Everything is supported."""
         return None
 
-    def compile(self, region: Region, target: Target) -> EagerProgram:
+    def compile(self, region: Region, target: Target, effort: str) -> EagerProgram:
         """Generate the region's Python."""
         return EagerProgram(region)

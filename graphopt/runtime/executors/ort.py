@@ -25,7 +25,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import is_getitem, is_symbolic
 from graphopt.ir.op import op_of
 from graphopt.ir.tuning import tuned_for
-from graphopt.runtime.executors._protocol import KernelTime
+from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.lower_onnx import to_onnx
 from graphopt.runtime.onnx_translation import has_translation
 from graphopt.runtime.region import Region
@@ -57,7 +57,7 @@ class Held(NamedTuple):
     value: Any
 
 
-class OrtProgram:
+class OrtProgram(Silent):
     """A region as an ONNX Runtime session.
 
     Args:
@@ -184,7 +184,7 @@ class Ort:
             return f"{node.target} has no ONNX translation"
         return None
 
-    def compile(self, region: Region, target: Target) -> OrtProgram:
+    def compile(self, region: Region, target: Target, effort: str) -> OrtProgram:
         """Export the region and open a session on it."""
         with tuned_for("cpu"):
             model = to_onnx(region.graph)

@@ -1,0 +1,131 @@
+"""The ``inductor`` executor: a region compiled by PyTorch's Inductor, and on a GPU run by our CUDA graphs.
+
+Inductor sees plain ATen: graphopt's ops stand as their references, so that it fuses what it likes. The region
+is compiled from its own graph, without Dynamo: there are no guards to check at a call. Weights are frozen,
+which lets Inductor choose their layout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import LoweringError, said
+from graphopt.ir.graph import is_getitem, is_symbolic
+from graphopt.ir.op import op_of
+from graphopt.runtime.executors._protocol import KernelTime, Note
+from graphopt.runtime.executors.cuda import graphless
+from graphopt.runtime.graphed import Graphed
+from graphopt.runtime.region import Region
+from graphopt.runtime.target import Target
+
+
+class InductorProgram:
+    """A region as Inductor's code.
+
+    Args:
+        region: the region.
+        device: that its tensors are on.
+        function: the compiled region.
+    """
+
+    def __init__(self, region: Region, device: torch.device, function: Callable[..., Any]) -> None:
+        self._region = region
+        self._device = device
+        self._function = function
+        self._graphed = Graphed(device, lambda _: function) if device.type == "cuda" else None
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Run the compiled code."""
+        if self._graphed is not None:
+            return self._graphed.run(inputs)
+        with torch.no_grad():
+            results: Sequence[Any] = self._function(*inputs)
+        return results
+
+    def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
+        """Run; the code tells no node's time apart, so the region has one row, the fastest of three calls."""
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            results = self.run(inputs)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            best = min(best, time.perf_counter() - start)
+        return results, [KernelTime(self._region.name, "inductor", 1e3 * best)]
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan's row says of the program."""
+        if self._graphed is None:
+            return {}
+        nodes = len(self._region.graph.calls) if self._graphed.captured else 0
+        return {"graphed_nodes": nodes, **self._graphed.describe()}
+
+    def notes(self) -> list[Note]:
+        """Why there is no CUDA graph."""
+        return [] if self._graphed is None else graphless(self._region, self._graphed)
+
+
+class Inductor:
+    """Compiles regions with Inductor."""
+
+    name = "inductor"
+
+    def supports(self, node: fx.Node, target: Target) -> str | None:
+        """Why Inductor cannot take a node: complex values, which it hands back to ATen."""
+        if is_getitem(node) or is_symbolic(node):
+            return None
+        values = [node, *node.all_input_nodes]
+        if any(getattr(n.meta["val"], "dtype", torch.float32).is_complex for n in values):
+            return "Inductor generates no code for complex values"
+        return None
+
+    def compile(self, region: Region, target: Target, effort: str) -> InductorProgram:
+        """Compile a region; takes tens of seconds for a model of a hundred million weights.
+
+        Raises:
+            LoweringError: there is no C++ compiler, or Inductor cannot compile the region.
+        """
+        module = _plain(region)
+        examples = [node.meta["val"] for node in region.graph.placeholders]
+        try:
+            with torch.no_grad():
+                function = _compile_fx(module, examples, _options(target, effort))
+        except Exception as error:  # Inductor raises whatever the compilers behind it do
+            raise LoweringError(
+                f"Inductor cannot compile the region: {said(error).splitlines()[0]}"
+            ) from error
+        return InductorProgram(region, target.device, function)
+
+
+def _compile_fx(
+    module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx  # slow to import, and rarely needed
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()  # raises early, rather than after all of the tracing
+    function: Any = compile_fx(module, list(examples), config_patches=options)
+    return function  # type: ignore[no-any-return]
+
+
+def _options(target: Target, effort: str) -> dict[str, Any]:
+    """Inductor's best mode for inference; the CUDA graphs are ours."""
+    on_gpu = target.device.type == "cuda"
+    return {"freezing": True, "triton.cudagraphs": False, "max_autotune": on_gpu and effort == "measured"}
+
+
+def _plain(region: Region) -> fx.GraphModule:
+    """The region with graphopt's ops as their references, which trace to ATen."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(region.graph.fx, made))
+    for node in graph.nodes:
+        op = op_of(node.target)
+        if op is not None:
+            node.target = op.reference
+    return fx.GraphModule(region.graph.module, graph)

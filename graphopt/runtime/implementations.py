@@ -1,0 +1,192 @@
+"""What can run a node on a GPU: Triton kernels, epilogues of cuBLASLt and cuDNN, attention backends, ATen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from graphopt.errors import said
+from graphopt.ir.op import TritonFace, op_of
+from graphopt.kernels import (
+    add_layer_norm,
+    attention,
+    conv_activation,
+    linear_activation,
+    linear_add_layer_norm,
+)
+from graphopt.kernels._aten import triton_face
+
+aten = torch.ops.aten
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run a node.
+
+    Args:
+        name: "triton", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient", "aten".
+        run: takes what the node's target takes.
+    """
+
+    name: str
+    run: Run
+
+
+def implementations(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Implementation], dict[str, str]]:
+    """The ways to run a call, in the order of preference where nothing is measured, ATen last.
+
+    Args:
+        target: what the node calls.
+        args: real or fake.
+        kwargs: likewise.
+
+    Returns:
+        The ways, and by name why others cannot take the arguments.
+    """
+    ways: list[Implementation] = []
+    refused: dict[str, str] = {}
+    empty = any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in (*args, *kwargs.values()))
+    face = None if empty else triton_face(target)
+    if face is not None:
+        reason = _refusal(face, args, kwargs)
+        if reason is None:
+            ways.append(Implementation("triton", face.launch))
+        else:
+            refused["triton"] = reason
+    if not empty:
+        ways += [Implementation(name, run) for name, run in _library(target, args, kwargs)]
+    op = op_of(target)
+    ways.append(Implementation("aten", target if op is None else op.reference))
+    return ways, refused
+
+
+def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    try:
+        return face.refuses(*args, **kwargs)
+    except TypeError as error:  # an argument that the op does not have
+        return said(error)
+
+
+def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Run]]:
+    """What NVIDIA's libraries have besides what ATen chooses by itself."""
+    if target is linear_activation.OP.overload:
+        if _epilogue_fits(*args, **kwargs):
+            yield "cublaslt", _linear_epilogue
+    elif target is linear_add_layer_norm.OP.overload:
+        if _norm_fits(*args):
+            yield "cublas + triton", _linear_then_norm
+    elif target is conv_activation.OP.overload:
+        if _convolution_fits(*args, **kwargs):
+            yield "cudnn", _convolution_relu
+    elif target is attention.OP.overload:
+        for name, backend in _BACKENDS.items():
+            yield name, _with_backend(attention.OP.reference, backend)
+    elif target is aten.scaled_dot_product_attention.default:
+        for name, backend in _BACKENDS.items():
+            yield name, _with_backend(F.scaled_dot_product_attention, backend)
+
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def _with_backend(run: Run, backend: SDPBackend) -> Run:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(backend):
+            return run(*args, **kwargs)
+
+    return attend
+
+
+def _epilogue_fits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> bool:
+    """A bias and then relu or the tanh form of GELU are what cuBLASLt adds; it has no exact GELU."""
+    return bias is not None and residual is None and activation in ("relu", "gelu_tanh")
+
+
+def _linear_epilogue(
+    x: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: None = None,
+) -> torch.Tensor:
+    x_MK = x.reshape(-1, x.shape[-1])
+    out_MN: torch.Tensor = aten._addmm_activation(
+        bias_N, x_MK, weight_NK.t(), use_gelu=activation == "gelu_tanh"
+    )
+    return out_MN.view(*x.shape[:-1], weight_NK.shape[0])
+
+
+def _norm_fits(x: torch.Tensor, weight: torch.Tensor, bias: Any, residual: torch.Tensor, *norm: Any) -> bool:
+    face = add_layer_norm.OP.triton
+    return face is not None and face.refuses(residual, residual, *norm) is None
+
+
+def _linear_then_norm(
+    x: torch.Tensor,
+    weight_DK: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    residual: torch.Tensor,
+    norm_weight_D: torch.Tensor | None,
+    norm_bias_D: torch.Tensor | None,
+    eps: float,
+) -> Any:
+    face = add_layer_norm.OP.triton
+    assert face is not None
+    return face.launch(F.linear(x, weight_DK, bias_D), residual, norm_weight_D, norm_bias_D, eps)
+
+
+def _convolution_fits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> bool:
+    """Fused convolutions of cuDNN end in a relu; PyTorch hands over those of images."""
+    return activation == "relu" and x.dim() == 4 and bias is not None
+
+
+def _convolution_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    activation: str = "relu",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    where = stride, padding, dilation, groups
+    if residual is None:
+        out: torch.Tensor = aten.cudnn_convolution_relu(x, weight, bias, *where)
+    else:
+        out = aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *where)
+    return out
