@@ -39,6 +39,7 @@ from graphopt.gate.facts import machine
 from graphopt.gate.judge import limits_of, speed
 from graphopt.observe.machine import commit
 from graphopt.observe.snapshot import versions
+from graphopt.runtime.rounds import Run, clock_of
 
 SPEC = "bench.gate:model"
 SLOWER = 1.10
@@ -127,11 +128,11 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
     examined = examine(prepared, entry["runs"], None, lambda name, done: None)
     assert examined.optimized is not None
     (args, kwargs), device = prepared.call, examined.optimized.plan.device
-    baseline = _gate.call_of(_gate.baseline_of(prepared, budgets.baseline), args, kwargs, device)
-    candidate = slowed(_gate.call_of(examined.optimized, args, kwargs, device), slower)
+    baseline = _gate.call_of(_gate.baseline_of(prepared, budgets.baseline), args, kwargs)
+    candidate = slowed(_gate.call_of(examined.optimized, args, kwargs), slower, device)
     limits = limits_of(entry["facts"], examined.facts, budgets)
     for _ in range(count):
-        rounds = latency.measure(baseline, candidate, [*limits.values()], seconds)
+        rounds = latency.measure(baseline, candidate, [*limits.values()], seconds, clock=clock_of(device))
         statuses = {found.status for found in speed(entry["facts"], examined.facts, rounds, budgets)}
         failed, unsure = "failed" in statuses, "inconclusive" in statuses
         verdict = "regression" if failed else "inconclusive" if unsure else "pass"
@@ -145,14 +146,16 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
         print(json.dumps(row), flush=True)
 
 
-def slowed(run: latency.Run, factor: float) -> latency.Run:
-    """A call that takes so many times as long: it computes on for the rest."""
+def slowed(run: Run, factor: float, device: torch.device) -> Run:
+    """A call that takes so many times as long: it computes on for the rest, a GPU idle beside it."""
     if factor == 1:
         return run
 
     def slower() -> None:
         start = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         until = start + factor * (time.perf_counter() - start)
         while time.perf_counter() < until:
             pass

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt.kernels._onnx import Value, op
+
+
+def of_equal_sizes(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """A translation of torch's own attention, with batches and heads of size 1 repeated first.
+
+    For calls that are not graphopt's: torch broadcasts a memory that all sequences attend to, and ONNX
+    Runtime's Attention wants equal sizes.
+
+    Args:
+        attention: of (..., length, features) query, key and value, and what else there is.
+    """
+
+    @functools.wraps(attention)
+    def translated(query: Value, key: Value, value: Value, *args: Any, **kwargs: Any) -> Any:
+        dims = (0,) if kwargs.get("enable_gqa") else (0, 1)  # grouped heads differ in number
+        given = [_expanded(x, (query, key, value), dims) for x in (query, key, value)]
+        return attention(*given, *args, **kwargs)
+
+    return translated
+
+
+def _expanded(x: Value, among: Sequence[Value], dims: Sequence[int]) -> Any:
+    """A value whose dimensions of size 1, of those named, are as long as the longest among the values'."""
+    longer = {dim: next((y for y in among if y.shape[dim] != 1), x) for dim in dims if x.shape[dim] == 1}
+    if all(y is x for y in longer.values()):
+        return x
+    shape = [longer.get(dim, x).shape[dim] for dim in range(len(x.shape))]
+    one = op.Constant(value_ints=[1])
+    sizes = [op.Shape(longer[d], start=d, end=d + 1) if d in longer else one for d in range(len(shape))]
+    out = op.Expand(x, op.Concat(*sizes, axis=0))
+    out.dtype, out.shape = x.dtype, ir.Shape(shape)
+    return out
 
 
 def full_mask(mask: Value, query: Value, key: Value) -> Any:

@@ -29,6 +29,7 @@ from graphopt.kernels._triton import (
     processors,
     refuse,
     shared_memory,
+    stand_in,
     tl,
     triton,
     wait_for_all,
@@ -350,7 +351,9 @@ def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether TMA can move the tiles: on sm_90, nothing empty, rows together and on 16 bytes."""
     if capability(x.device) < WITH_TMA or 0 in (*x.shape, *weight.shape):
         return False
-    addresses = [t.data_ptr() for t in (x, weight)] + [t.stride(0) * t.element_size() for t in (x, weight)]
+    addresses = [t.stride(0) * t.element_size() for t in (x, weight)]
+    if stand_in() is None:  # a fake tensor has no address, and PyTorch's allocator aligns all of them
+        addresses += [t.data_ptr() for t in (x, weight)]
     together = all(t.stride(1) == 1 for t in (x, weight))
     return together and not any(n % 16 for n in (*addresses, weight.shape[0] * x.element_size()))
 

@@ -36,6 +36,7 @@ __all__ = [
     "INTERPRETED",
     "OLDEST",
     "WITH_PDL",
+    "Gpu",
     "Launch",
     "as_rows",
     "capability",
@@ -49,6 +50,8 @@ __all__ = [
     "processors",
     "recorded_launches",
     "refuse",
+    "stand_in",
+    "standing_in_for",
     "tl",
     "triton",
     "wait_for_all",
@@ -63,6 +66,25 @@ _INTERPRETED = None if tl is None else tl.constexpr(INTERPRETED)  # as a kernel 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
 _prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=False)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a launcher asks of a GPU.
+
+    Args:
+        capability: compute capability, (9, 0) for an H100.
+        processors: streaming multiprocessors.
+        shared_memory: bytes of it that a program may have.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    shared_memory: int
+
+
+_H100 = Gpu((9, 0), 132, 227 * 1024)
+_stand_in: ContextVar[Gpu | None] = ContextVar("graphopt_stand_in", default=None)
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -145,6 +167,20 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
+def standing_in_for(gpu: Gpu) -> Iterator[None]:
+    """Let fake tensors on "cuda" be taken, inside the block, for tensors on a GPU like this.
+
+    For launches that are recorded: refusals and configurations are then those of that GPU, none of them
+    measured.
+    """
+    token = _stand_in.set(gpu)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
+@contextlib.contextmanager
 def prefetched_weights() -> Iterator[None]:
     """Let kernels launched inside the block read weights before the kernels ahead of them are done.
 
@@ -179,26 +215,46 @@ def refuse(*tensors: torch.Tensor | None) -> str | None:
     return None if have >= OLDEST else f"the GPU is sm_{have[0]}{have[1]}, before sm_80"
 
 
-@functools.cache
+def stand_in() -> Gpu | None:
+    """The GPU that the tensors of now stand for, if they do."""
+    return _stand_in.get()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, (9, 0) for an H100; (0, 0) for what is none."""
+    gpu = _stand_in.get()
+    return _capability(device) if gpu is None else gpu.capability
+
+
+def processors(device: torch.device) -> int:
+    """The streaming multiprocessors of a GPU; an H100's for what is none, so that tests launch as there."""
+    gpu = _stand_in.get()
+    return _processors(device) if gpu is None else gpu.processors
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H100's for what is no GPU."""
+    gpu = _stand_in.get()
+    return _shared_memory(device) if gpu is None else gpu.shared_memory
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """The streaming multiprocessors of a GPU; an H100's for what is none, so that tests launch as there."""
+def _processors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 132
+        return _H100.processors
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
 
 @functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; an H100's for what is no GPU."""
+def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
-        return 232448
+        return _H100.shared_memory
     index = torch.cuda.current_device() if device.index is None else device.index
     most: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
     return most

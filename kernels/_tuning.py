@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._triton import recorded_launches, triton
+from graphopt.kernels._triton import recorded_launches, stand_in, triton
 
 Key = tuple[Hashable, ...]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -105,6 +105,8 @@ def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Con
     Returns:
         The measured one where there is one, else the first.
     """
+    if stand_in() is not None:
+        return candidates[0]
     question = _Question(kernel, device, key, candidates)
     asked = _asked.get()
     if asked is not None:

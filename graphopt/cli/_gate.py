@@ -20,6 +20,7 @@ from graphopt.gate.finding import Result, exit_code, require_compared
 from graphopt.gate.judge import judge, limits_of
 from graphopt.gate.lock import Entry, settled
 from graphopt.runtime.partition import find_executors
+from graphopt.runtime.rounds import Run, clock_of
 
 _LOCK_PRECISION = 0.01  # half-width of the ratio that later checks are held against
 
@@ -38,12 +39,12 @@ def time_it(
         return None
     args, kwargs = prepared.call
     baseline = baseline_of(prepared, budgets.baseline)
-    asked = [*limits.values()]
     return latency.measure(
-        call_of(baseline, args, kwargs, optimized.plan.device),
-        call_of(optimized, args, kwargs, optimized.plan.device),
-        asked,
+        call_of(baseline, args, kwargs),
+        call_of(optimized, args, kwargs),
+        [*limits.values()],
         budgets.seconds,
+        clock=clock_of(optimized.plan.device),
         precision=precision,
         progress=lambda done: progress("time", 0.7 + 0.3 * done),
     )
@@ -57,16 +58,12 @@ def baseline_of(prepared: Prepared, name: str) -> torch.nn.Module:
     return optimized_by(prepared, {"executors": [name, "eager"]}, "fast", None)
 
 
-def call_of(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
-) -> latency.Run:
-    """A call of a model that is done when it returns, without autograd."""
+def call_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """A call of a model, without autograd; on a GPU it returns before the work is done."""
 
     def run() -> None:
         with torch.no_grad():
             model(*args, **kwargs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     return run
 

@@ -23,32 +23,49 @@ class Limits:
         bytes_per_s: of a large copy, read and written bytes counted.
         by_dtype: FLOPs a second of a large matrix product in other dtypes; those that are missing run as
             float32 does.
+        capability: compute capability of a GPU, (9, 0) for an H100.
+        processors: streaming multiprocessors of a GPU.
+        shared_memory: bytes of it that a program on a GPU may have.
     """
 
     name: str
     flops_per_s: float
     bytes_per_s: float
     by_dtype: Mapping[torch.dtype, float] = field(default_factory=dict, hash=False)
+    capability: tuple[int, int] = (0, 0)
+    processors: int = 0
+    shared_memory: int = 0
 
     def flops_in(self, dtype: torch.dtype) -> float:
         """FLOPs a second in a dtype."""
         return self.by_dtype.get(dtype, self.flops_per_s)
 
 
-def _gpu(name: str, float32: float, half: float, float8: float, gigabytes: float) -> Limits:
+def _gpu(
+    name: str,
+    rates: tuple[float, float, float],
+    gigabytes: float,
+    capability: tuple[int, int],
+    processors: int,
+    kibibytes: int,
+) -> Limits:
+    float32, half, float8 = rates
     dtypes = {torch.float16: half, torch.bfloat16: half}
     if float8:
         dtypes |= {torch.float8_e4m3fn: float8, torch.float8_e5m2: float8}
-    return Limits(name, float32 * 1e12, gigabytes * 1e9, {key: rate * 1e12 for key, rate in dtypes.items()})
+    by_dtype = {key: rate * 1e12 for key, rate in dtypes.items()}
+    shared = kibibytes * 1024
+    return Limits(name, float32 * 1e12, gigabytes * 1e9, by_dtype, capability, processors, shared)
 
 
 # TFLOP/s in float32 (no TF32, as in PyTorch by default), in float16 and bfloat16, in float8, and GB/s, all
-# dense, from NVIDIA's datasheets of the SXM modules (L4: PCIe).
+# dense, from NVIDIA's datasheets of the SXM modules (L4: PCIe); compute capability, multiprocessors, and KiB
+# of shared memory a program, from its tuning guides.
 GPUS: Mapping[str, Limits] = {
-    "h100": _gpu("h100", 67.0, 989.4, 1978.9, 3350.0),
-    "h200": _gpu("h200", 67.0, 989.4, 1978.9, 4800.0),
-    "a100": _gpu("a100", 19.5, 312.0, 0.0, 2039.0),
-    "l4": _gpu("l4", 30.3, 121.0, 242.0, 300.0),
+    "h100": _gpu("h100", (67.0, 989.4, 1978.9), 3350.0, (9, 0), 132, 227),
+    "h200": _gpu("h200", (67.0, 989.4, 1978.9), 4800.0, (9, 0), 132, 227),
+    "a100": _gpu("a100", (19.5, 312.0, 0.0), 2039.0, (8, 0), 108, 163),
+    "l4": _gpu("l4", (30.3, 121.0, 242.0), 300.0, (8, 9), 58, 99),
 }
 
 

@@ -283,10 +283,38 @@ def _gpu(locked: Facts, now: Facts) -> Iterator[Finding]:
             f"{name} has no kernel: {a or 0} -> {b or 0} calls",
             tuple(causes.around(locked, now)),
         )
-    for name, told in after["compiled"].items():
-        good, was = told == "compiled", before["compiled"].get(name)
-        compiled: Status = "passed" if good else "failed" if was == "compiled" else "skipped"
-        yield Finding("kernels", compiled, f"{name} for {now['cost']['device']}: {told}")
+    yield from _compiled(before["compiled"], after["compiled"], now["cost"]["device"])
+
+
+_USED = {
+    "registers": "registers a thread",
+    "shared": "bytes of shared memory",
+    "spilled": "bytes spilled a thread",
+}
+
+
+def _compiled(before: Facts | None, after: Facts | None, gpu: str) -> Iterator[Finding]:
+    """Kernels compiled for a GPU that is not here: each must compile, and none spill more than it did."""
+    if after is None:
+        yield Finding("kernels", "skipped", f"no kernel was compiled for {gpu}: Triton is not installed here")
+        return
+    for name, row in after.items():
+        was = (before or {}).get(name, {})
+        if "failed" in row or "refused" in row:
+            lost = any(key.startswith(f"{name}: ") for key in before or {})
+            status: Status = "failed" if "failed" in row or lost else "skipped"
+            what = "does not compile" if "failed" in row else "has no kernel"
+            yield Finding(
+                "kernels", status, f"{name} for {gpu} {what}: {row.get('failed') or row['refused']}"
+            )
+            continue
+        parts = [f"{row[key]} {words}" for key, words in _USED.items()]
+        more = [
+            f"{was[key]} -> {row[key]} {_USED[key]}" for key in _USED if was.get(key, row[key]) != row[key]
+        ]
+        spills = row["spilled"] > was.get("spilled", row["spilled"])
+        status = "failed" if spills else "changed" if more else "passed"
+        yield Finding("kernels", status, f"{name} for {gpu}: {', '.join(more or parts)}")
 
 
 def _outputs(locked: Facts, now: Facts) -> Iterator[Finding]:

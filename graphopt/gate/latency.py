@@ -6,7 +6,8 @@ because the machine was busy, and must be "yes" when the candidate became a tent
 - **Paired rounds.** A round is baseline, candidate, candidate, baseline (``runtime/rounds.py``), and gives
   one number: the logarithm of the candidate's time over the baseline's. A drift of the clock, of the
   temperature or of the load that is linear within a round cancels, and one that is slower than a round
-  cancels as well.
+  cancels as well. The clock is the device's, CUDA events on a GPU, and runs a side once before the call that
+  it times: what the other side left in caches and thread pools is not in the number.
 - **Medians.** The ratio is the median over the rounds. A round that another process interrupted counts once,
   however long the interruption took.
 - **A block bootstrap.** Neighbouring rounds are alike (load comes and goes in bursts), so drawing single
@@ -40,11 +41,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from graphopt.runtime.rounds import interleave
+from graphopt.runtime.rounds import Clock, Run, clock_of, interleave
 
 Told = Literal["within", "beyond", "unknown"]
-Run = Callable[[], object]
 
 BASELINE, CANDIDATE = "baseline", "candidate"
 _FIRST = 16  # rounds between two looks at the clock,
@@ -151,6 +152,7 @@ def measure(
     limits: Sequence[float],
     seconds: float,
     *,
+    clock: Clock | None = None,
     precision: float = 0.0,
     progress: Callable[[float], None] | None = None,
 ) -> Rounds:
@@ -161,17 +163,20 @@ def measure(
         candidate: likewise.
         limits: of the ratio of the candidate's time to the baseline's.
         seconds: begin no more rounds after so many.
+        clock: that of the device, by default the CPU's (``rounds.clock_of``): it runs a side once before the
+            call that it times.
         precision: go on until the interval's half-width is below this as well; for a ratio that others will
             be held against, rather than a limit.
         progress: called with the fraction of the time that is spent.
     """
+    clock = clock or clock_of(torch.device("cpu"))
     times: dict[str, list[float]] = {BASELINE: [], CANDIDATE: []}
-    repeats, chunk = _plan(baseline, candidate, seconds)
+    repeats, chunk = _plan(baseline, candidate, seconds, clock)
     sides = {BASELINE: _repeated(baseline, repeats), CANDIDATE: _repeated(candidate, repeats)}
     watch, start = _Waiting(), time.perf_counter()
     for look in range(_LOOKS):
         for _ in range(max(1, 2**look // 2)):  # 16, 32, 64, ... rounds in all, the clock looked at every 16
-            for side, row in interleave(sides, chunk).items():
+            for side, row in interleave(sides, chunk, clock=clock).items():
                 times[side] += [each / repeats for each in row]
             spent = (time.perf_counter() - start) / max(seconds, 1e-9)
             if progress is not None:
@@ -185,16 +190,16 @@ def measure(
     return Rounds(times, watch.share())
 
 
-def _plan(baseline: Run, candidate: Run, seconds: float) -> tuple[int, int]:
+def _plan(baseline: Run, candidate: Run, seconds: float, clock: Clock) -> tuple[int, int]:
     """Calls of a side within one timing, and rounds between two looks at the clock.
 
     Several calls, so that even a model of microseconds can be timed; fewer rounds, so that one of seconds
-    does not take minutes.
+    does not take minutes. On a GPU the calls of a timing are launched one after the other, without a wait.
     """
-    warm = interleave({BASELINE: baseline, CANDIDATE: candidate}, 3)
+    warm = interleave({BASELINE: baseline, CANDIDATE: candidate}, 3, clock=clock)
     best = [min(row) for row in warm.values()]
     repeats = max(1, math.ceil(_ROUND_MS / max(min(best), 1e-6)))
-    a_round = 2 * sum(best) * repeats / 1e3
+    a_round = 4 * sum(best) * repeats / 1e3  # two timings of each side, and an untimed one before each
     return repeats, max(_FEWEST, min(_FIRST, int(seconds / max(a_round, 1e-9))))
 
 

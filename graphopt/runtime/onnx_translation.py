@@ -37,6 +37,7 @@ from graphopt.compiler.evaluate import concrete
 from graphopt.ir.aten import is_kept_whole
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic
 from graphopt.ir.op import OPS
+from graphopt.kernels._attention_onnx import of_equal_sizes
 from graphopt.kernels._onnx import OPSET, group_norm, linear
 from graphopt.runtime.region import extract
 
@@ -105,6 +106,9 @@ def _exporter_with(ops: tuple[str, ...]) -> _Exporter:
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
     for view in registry.get_decomps(aten.view.default):  # its own reshape takes a size of 0 for "as it was"
         registry.register_op(aten.reshape.default, view.onnx_function, is_complex=view.is_complex)
+    attention = aten.scaled_dot_product_attention.default
+    for theirs in registry.get_decomps(attention):
+        registry.register_op(attention, of_equal_sizes(theirs.onnx_function))
     translations: tuple[tuple[Any, Any], ...] = (
         *((OPS[name].overload, OPS[name].onnx) for name in ops),
         (aten.linear.default, linear),

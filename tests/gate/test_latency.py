@@ -114,6 +114,28 @@ def test_what_is_too_short_to_be_timed_is_called_several_times() -> None:
     assert found.milliseconds(BASELINE).middle < 0.05
 
 
+def test_the_clock_is_the_one_that_is_given() -> None:
+    """As a GPU's does, it may know of time that passes while no call waits."""
+    times = {"slow": 3.0, "fast": 2.0}
+    sides: dict[str, Callable[[], str]] = {name: lambda name=name: name for name in times}  # type: ignore[misc]
+    found = latency.measure(
+        sides["fast"], sides["slow"], [1.05], seconds=0.01, clock=lambda run: times[str(run())]
+    )
+    assert found.times == {BASELINE: [2.0] * 2 * found.count, CANDIDATE: [3.0] * 2 * found.count}
+    assert found.ratio().middle == pytest.approx(1.5)
+
+
+def test_a_call_runs_untimed_before_it_is_timed() -> None:
+    order: list[str] = []
+
+    def side(name: str) -> Callable[[], None]:
+        return lambda: (order.append(name), time.sleep(0.002))[1]
+
+    found = latency.measure(side("a"), side("b"), [100.0], seconds=0.01)
+    timed = order[-8 * found.count :]
+    assert "".join(timed) == "aabbbbaa" * found.count
+
+
 def test_a_machine_whose_threads_wait_proves_nothing() -> None:
     found = rounds_of(lambda: 1.0, 16, waiting=0.5)
     assert "its threads waited for a core 50% of the time" in latency.not_comparable(found, None)

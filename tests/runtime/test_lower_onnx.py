@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import graphopt
@@ -56,3 +58,29 @@ def test_the_session_computes_the_same() -> None:
         reference = model().double()(X.double())
         found = compare(original(X), opt(X), reference, MODEL_FLOOR_ULPS)
     assert found.ok, found.reason
+
+
+ATTENDED = {  # (batch, heads) of query, key and value
+    "a memory for all sequences": ((3, 2), (1, 2), (1, 2)),
+    "values for all sequences": ((3, 2), (3, 2), (1, 2)),
+    "a query for all sequences": ((1, 2), (3, 2), (3, 2)),
+    "a key for all heads": ((3, 4), (3, 1), (3, 1)),
+    "a memory for all sequences, grouped heads": ((3, 4), (1, 2), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", ATTENDED)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_that_broadcasts_runs(case: str, dynamic: bool) -> None:
+    def forward(m: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa="grouped" in case)
+
+    inputs = [randn(*leading, length, 8) for leading, length in zip(ATTENDED[case], (4, 5, 5), strict=True)]
+    batch = {name: {0: "batch"} for name, x in zip("qkv", inputs, strict=True) if x.shape[0] > 1}
+    opt = graphopt.optimize(
+        program(forward), tuple(inputs), executors=("ort",), effort="fast", dynamic=batch if dynamic else None
+    )
+    assert opt.plan.steps[0].executor == "ort"
+    for size in (3, 7) if dynamic else (3,):
+        given = [x.repeat(size, 1, 1, 1)[:size] if x.shape[0] > 1 else x for x in inputs]
+        torch.testing.assert_close(opt(*given), forward(None, *given), rtol=1e-5, atol=1e-5)

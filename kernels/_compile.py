@@ -1,0 +1,127 @@
+"""Kernels compiled for a GPU that need not be here, and what ptxas made of them.
+
+Imports nothing of Triton until something is compiled: a CPU never comes here. Kernels that were made for
+Triton's interpreter cannot be compiled, so neither can any in a process that has TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.kernels._triton import WITH_PDL, Launch, triton
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel needs of a GPU.
+
+    Args:
+        shared: bytes of shared memory a program.
+        threads: a program's.
+        registers: a thread's.
+        stack: bytes of stack a thread.
+        local: bytes of local memory a thread, where spilled registers live.
+    """
+
+    shared: int
+    threads: int
+    registers: int
+    stack: int
+    local: int
+
+
+def compiled(launch: Launch, capability: tuple[int, int]) -> Usage:
+    """Compile the kernel of one launch, with early weights where the GPU can.
+
+    Args:
+        launch: as ``recorded_launches`` collects it; fake tensors will do.
+        capability: of the GPU, (9, 0) for an H100.
+
+    Raises:
+        Exception: whatever Triton or ptxas says of a kernel that cannot be compiled.
+    """
+    from triton.backends.compiler import GPUTarget
+
+    pdl = capability >= WITH_PDL
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "launch_pdl": pdl,
+        "enable_fp_fusion": True,
+    }
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    binary = triton.compile(_source(launch, 2 if pdl else 0), target=target, options=options)
+    registers, stack, local = _usage(binary.asm["cubin"])
+    return Usage(binary.metadata.shared, 32 * launch.num_warps, registers, stack, local)
+
+
+def _source(launch: Launch, pdl: int) -> Any:
+    """The kernel, specialised as this launch would have it."""
+    from triton.compiler import ASTSource
+
+    attrs: dict[tuple[int, ...], Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    names = launch.kernel.arg_names
+    given = dict(zip(names, launch.args, strict=False))
+    types = {name: _type(arg, (names.index(name),), attrs, constants) for name, arg in given.items()}
+    for name, value in {**launch.constants, "PDL": pdl}.items():
+        types[name] = "constexpr"
+        constants[(names.index(name),)] = value
+    return ASTSource(launch.kernel, {name: types[name] for name in names}, constants, attrs)
+
+
+def _type(arg: Any, place: tuple[int, ...], attrs: dict[Any, Any], constants: dict[Any, Any]) -> Any:
+    """An argument's type as Triton writes it; what a launch specialises on goes to attrs and constants."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(arg, tuple):
+        return tuple(_type(x, (*place, i), attrs, constants) for i, x in enumerate(arg))
+    if isinstance(arg, torch.Tensor):
+        attrs[place] = [["tt.divisibility", 16]]
+        return _POINTERS[arg.dtype]
+    if isinstance(arg, TensorDescriptor):
+        return f"tensordesc<{_POINTERS[arg.base.dtype][1:]}{list(arg.block_shape)}>"
+    if arg is None or (type(arg) is int and arg == 1):
+        constants[place] = arg
+        return "constexpr"
+    if isinstance(arg, bool):
+        return "u1"
+    if isinstance(arg, int):
+        if arg % 16 == 0:
+            attrs[place] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= arg < 2**31 else "i64"
+    assert isinstance(arg, float)
+    return "fp32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """A thread's registers, and its bytes of stack and of local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True)
+    found = _USAGE.search(said.stdout + said.stderr)
+    if found is None:
+        raise RuntimeError(f"{tool} does not tell what a kernel uses: {said.stdout + said.stderr}")
+    registers, stack, _, local = map(int, found.groups())
+    return registers, stack, local
