@@ -33,7 +33,8 @@ def of_equal_sizes(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 def _expanded(x: Value, among: Sequence[Value], dims: Sequence[int]) -> Any:
     """A value whose dimensions of size 1, of those named, are as long as the longest among the values'."""
-    longer = {dim: next((y for y in among if y.shape[dim] != 1), x) for dim in dims if x.shape[dim] == 1}
+    single = [dim for dim in dims if x.shape[dim] == 1]
+    longer: dict[int, Any] = {dim: next((y for y in among if y.shape[dim] != 1), x) for dim in single}
     if all(y is x for y in longer.values()):
         return x
     shape = [longer.get(dim, x).shape[dim] for dim in range(len(x.shape))]
