@@ -37,7 +37,7 @@ def _expanded(x: Value, among: Sequence[Value], dims: Sequence[int]) -> Any:
     longer: dict[int, Any] = {dim: next((y for y in among if y.shape[dim] != 1), x) for dim in single}
     if all(y is x for y in longer.values()):
         return x
-    shape = [longer.get(dim, x).shape[dim] for dim in range(len(x.shape))]
+    shape = [(longer[dim] if dim in longer else x).shape[dim] for dim in range(len(x.shape))]
     one = op.Constant(value_ints=[1])
     sizes = [op.Shape(longer[d], start=d, end=d + 1) if d in longer else one for d in range(len(shape))]
     out = op.Expand(x, op.Concat(*sizes, axis=0))
