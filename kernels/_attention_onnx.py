@@ -33,13 +33,16 @@ def of_equal_sizes(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 def _expanded(x: Value, among: Sequence[Value], dims: Sequence[int]) -> Any:
     """A value whose dimensions of size 1, of those named, are as long as the longest among the values'."""
-    single = [dim for dim in dims if x.shape[dim] == 1]
-    longer: dict[int, Any] = {dim: next((y for y in among if y.shape[dim] != 1), x) for dim in single}
-    if all(y is x for y in longer.values()):
+    single = {dim for dim in dims if x.shape[dim] == 1}
+    longest = [
+        next((y for y in among if y.shape[dim] != 1), x) if dim in single else x
+        for dim in range(len(x.shape))
+    ]
+    if all(y is x for y in longest):
         return x
-    shape = [(longer[dim] if dim in longer else x).shape[dim] for dim in range(len(x.shape))]
+    shape = [y.shape[dim] for dim, y in enumerate(longest)]
     one = op.Constant(value_ints=[1])
-    sizes = [op.Shape(longer[d], start=d, end=d + 1) if d in longer else one for d in range(len(shape))]
+    sizes = [one if y is x else op.Shape(y, start=d, end=d + 1) for d, y in enumerate(longest)]
     out = op.Expand(x, op.Concat(*sizes, axis=0))
     out.dtype, out.shape = x.dtype, ir.Shape(shape)
     return out
