@@ -310,6 +310,10 @@ MAIN_NODES = [
     ("pointwise", "a gate", "Sigmoid"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),
     ("gated_mlp", "gelu", "Gelu"),
+    ("grouped_gated_mlp", "rows of each expert", "MatMul"),
+    ("layer_norm_add", "weight and bias", "LayerNormalization"),
+    ("rms_norm_add", "weight", "RMSNormalization"),
+    ("sandwich_rms_norm", "both weights", {"any": "SkipSimplifiedLayerNormalization", "cpu": "Sum"}),
     ("quick_gelu", "CLIP", "QuickGelu"),
 ]
 

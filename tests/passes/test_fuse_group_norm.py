@@ -59,7 +59,7 @@ SPELLINGS = [of_groups, in_five_dimensions, affine_of_the_groups, a_row_a_group]
 def test_a_norm_of_groups() -> None:
     run(PASS, program(of_groups, w=W, b=B), X).becomes(
         before="""
-            %0 = reshape(x, [2, 2, -1])
+            %0 = reshape(x, [2, 2, 96])
             %1 = mean(%0, [-1], True)
             %2 = var(%0, [-1], False, True)
             %3 = sub(%0, %1)
@@ -67,9 +67,9 @@ def test_a_norm_of_groups() -> None:
             %5 = sqrt(%4)
             %6 = div(%3, %5)
             %7 = reshape(%6, [2, 8, 4, 6])
-            %8 = reshape(w, [1, -1, 1, 1])
+            %8 = reshape(w, [1, 8, 1, 1])
             %9 = mul(%7, %8)
-            %10 = reshape(b, [1, -1, 1, 1])
+            %10 = reshape(b, [1, 8, 1, 1])
             %11 = add(%9, %10)
             return %11
         """,

@@ -44,9 +44,9 @@ def test_three_projections_of_one_value() -> None:
         %2 = getitem(%1, 0)
         %3 = getitem(%1, 1)
         %4 = getitem(%1, 2)
-        %5 = reshape(%2, [2, 5, -1, 4])
-        %6 = reshape(%3, [2, 5, -1, 4])
-        %7 = reshape(%4, [2, 5, -1, 4])
+        %5 = reshape(%2, [2, 5, 2, 4])
+        %6 = reshape(%3, [2, 5, 2, 4])
+        %7 = reshape(%4, [2, 5, 2, 4])
         %8 = graphopt.attention(%5, %6, %7, None, False, None)
         %9 = transpose(%8, 1, 2)
         return %9
