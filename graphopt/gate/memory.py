@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from graphopt.compiler.cost import VIEWS
 from graphopt.ir import provenance
 from graphopt.ir.graph import Constant, Graph, is_getitem, op_name, tensor_bytes
+from graphopt.observe.snapshot import tensors_of
 
 
 def account(graphs: Sequence[Graph]) -> dict[str, Any]:
@@ -75,10 +75,4 @@ def _activations(graphs: Sequence[Graph]) -> tuple[float, str]:
 
 def _largest(alive: Iterable[tuple[float, fx.Node]]) -> str:
     node = max(alive, key=lambda pair: pair[0])[1]
-    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
-    shapes = ", ".join(
-        f"{str(v.dtype)[6:]} {[str(s) for s in v.shape]}".replace("'", "")
-        for v in leaves
-        if isinstance(v, torch.Tensor)
-    )
-    return f"{op_name(node)} of {shapes} at {provenance.of(node).module or 'the model itself'}"
+    return f"{op_name(node)} of {tensors_of(node)} at {provenance.of(node).module or 'the model itself'}"

@@ -27,10 +27,11 @@ def _row(node: fx.Node, label: str) -> GraphNode:
     kinds = {"placeholder": "input", "output": "output"}
     reads = tuple(source.name for source in node.all_input_nodes if source.op != "get_attr")
     op = kinds.get(node.op) or op_name(node)
-    return GraphNode(node.name, op, reads, _shape(node), place.source, place.module, place.origins, label)
+    return GraphNode(node.name, op, reads, tensors_of(node), place.source, place.module, place.origins, label)
 
 
-def _shape(node: fx.Node) -> str:
+def tensors_of(node: fx.Node) -> str:
+    """A node's tensors in words: ``float32 [2, 8], int64 [2]``."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
     tensors = [val for val in leaves if isinstance(val, torch.Tensor)]
     return ", ".join(f"{str(val.dtype)[6:]} {list(map(str, val.shape))}".replace("'", "") for val in tensors)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from graphopt.runtime.rounds import event_clock, wall_clock
 
 _WARM_UP = 2
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 50
@@ -42,7 +43,7 @@ def interleaved(
     Returns:
         A timing per candidate, in order; one that is hopeless in its warm-up keeps that as its timing.
     """
-    times = [[1e3 * _call(candidate, device) for _ in range(_WARM_UP)] for candidate in candidates]
+    times = [[_call(candidate, device) for _ in range(_WARM_UP)] for candidate in candidates]
     best = min(min(row) for row in times)
     order = [index for index, row in enumerate(times) if min(row) <= _HOPELESS * best]
     cost = sum(min(times[index]) for index in order) / 1e3
@@ -51,24 +52,17 @@ def interleaved(
         times[index].clear()
     for _ in range(rounds):
         for index in order:
-            times[index].append(1e3 * _call(candidates[index], device))
+            times[index].append(_call(candidates[index], device))
         order.reverse()
     return [_timing(row) for row in times]
 
 
 def _call(candidate: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; on a GPU between two events around it, so that waiting for it does not count."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            candidate()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3
-    start = time.perf_counter()
-    candidate()
-    return time.perf_counter() - start
+    """Milliseconds of one call; on a GPU between two events, so that waiting for it does not count."""
+    if device.type != "cuda":
+        return wall_clock(candidate)
+    with torch.cuda.device(device):
+        return event_clock(candidate)
 
 
 def _timing(row: list[float]) -> Timing:
