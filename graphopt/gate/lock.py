@@ -21,8 +21,16 @@ FORMAT, SCHEMA = "graphopt-lock", 1
 NAME = "graphopt.lock"
 _CONFLICT = ("<<<<<<<", ">>>>>>>", "|||||||")
 _SECTIONS = ("config", "facts")
-# Facts that are measured, and how far two measurements may be apart for the older one to stay written down.
-_MEASURED = {"ms": 0.5, "peak_bytes": 0.1, "load_ms": 0.5, "error": 1.0, "error_original": 1.0}
+# Facts that are measured, and how far two measurements may be apart for the older one to stay written down: a
+# part of it, and as much besides (opening a tiny model is a few milliseconds, or a few more times that on a
+# busy machine; an allocator takes memory by the megabyte).
+_MEASURED = {
+    "ms": (0.5, 0.0),
+    "peak_bytes": (0.1, 16 * 2**20),
+    "load_ms": (0.5, 50.0),
+    "error": (1.0, 0.0),
+    "error_original": (1.0, 0.0),
+}
 
 # What every entry has among its facts, and what is in each.
 _FACTS: dict[str, tuple[str, ...]] = {
@@ -180,8 +188,10 @@ def settled(now: Any, locked: Any, key: str = "") -> Any:
         known = {(row["pass"], row["reason"]): row for row in locked}
         return [settled(row, known.get((row["pass"], row["reason"])), "remark") for row in now]
     numbers = isinstance(now, int | float) and isinstance(locked, int | float)
-    if key in _MEASURED and numbers and abs(now - locked) <= _MEASURED[key] * abs(locked):
-        return locked
+    if key in _MEASURED and numbers:
+        part, besides = _MEASURED[key]
+        if abs(now - locked) <= part * abs(locked) + besides:
+            return locked
     return now
 
 

@@ -214,6 +214,13 @@ def test_settled_keeps_what_noise_changed_and_nothing_else() -> None:
     assert settled({"ms": 9.0}, {"ms": 1.0}) == {"ms": 9.0}
 
 
+def test_settled_keeps_what_a_busy_machine_adds_to_small_amounts() -> None:
+    old = {"load_ms": 5.0, "peak_bytes": 3 * 2**20}
+    assert settled({"load_ms": 40.0, "peak_bytes": 12 * 2**20}, old) == old
+    new = {"load_ms": 90.0, "peak_bytes": 60 * 2**20}
+    assert settled(new, old) == new
+
+
 def test_settled_keeps_a_ratio_whose_interval_holds_the_old_one() -> None:
     old = {"latency": {"baseline": "eager", "ratio": 0.5, "low": 0.49, "high": 0.51}}
     noise = {"latency": {"baseline": "eager", "ratio": 0.51, "low": 0.48, "high": 0.53}}

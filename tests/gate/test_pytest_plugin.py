@@ -25,7 +25,7 @@ def test_a_regression_fails(graphopt):
     graphopt.check(time=False)
 
 
-@pytest.mark.graphopt("model:make", seconds=0.01, max_latency_ratio=None, max_slowdown=0.0)
+@pytest.mark.graphopt("model:make", seconds=0.01, max_latency_ratio=1.0, max_slowdown=None)
 def test_what_cannot_be_told_is_skipped(graphopt, monkeypatch):
     from graphopt.gate import latency
     from graphopt.gate.latency import Interval
