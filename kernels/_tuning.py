@@ -8,6 +8,7 @@ for every kernel, key, GPU, version of Triton and torch, and hash of the kernel'
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from graphopt.kernels._capture import own_stream
 from graphopt.kernels._triton import recorded_launches, stand_in, triton
 
 Key = tuple[Hashable, ...]
@@ -192,7 +194,7 @@ def _force(question: _Question, config: Config) -> Iterator[None]:
 def interleaved(thunks: Sequence[Callable[[], Any]]) -> list[float]:
     """Median microseconds of each thunk, from replays of CUDA graphs in turn; the L2 cache is warm."""
     graphs = []
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     for thunk in thunks:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -209,6 +211,12 @@ def interleaved(thunks: Sequence[Callable[[], Any]]) -> list[float]:
             end.synchronize()
             sample.append(start.elapsed_time(end) * 1e3 / REPEATS)
     return [statistics.median(sample) for sample in samples]
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """The stream that all candidates of a GPU are captured on; none outlives its comparison."""
+    return own_stream(torch.device("cuda", index))
 
 
 # On disk

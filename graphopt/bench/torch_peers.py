@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from graphopt.bench.peer import Mode, Problem, Run, eager, tensors
+from graphopt.kernels._capture import own_stream
 
 
 def eager_modes(problem: Problem) -> Sequence[Mode]:
@@ -23,7 +24,7 @@ def _graphed(problem: Problem) -> Run:
     for _ in range(3):  # what is allocated and tuned by first calls must not be captured
         run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=own_stream(problem.device)):
         outputs = run()
 
     def replay() -> list[torch.Tensor]:
