@@ -31,6 +31,7 @@ POINTERS = [tiles(16, 16, 16, 4, 2), tiles(16, 32, 32, 4, 2, group=1), tiles(32,
 TMA = [
     tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT),
     tma_tiles(64, 16, 64, 4, 2, tma=EACH),
+    tma_tiles(64, 32, 32, 4, 2, halves=True),
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
