@@ -1,4 +1,4 @@
-"""``python -m bench SUITE``: measure a suite and record its rows under ``bench/results``."""
+"""``python -m bench SUITE...``: measure suites and record their rows under ``bench/results``."""
 
 from __future__ import annotations
 
@@ -31,21 +31,25 @@ def main() -> None:
         gate.main(sys.argv[2:])
         return
     given = _parser().parse_args()
-    if given.suite in PAGES:
-        PAGES[given.suite]()
-        return
-    if given.suite == "time":
-        _time(given)
-        return
-    if given.suite == "kernels":
-        against = (given.against or "eager,inductor").split(",")
-        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
-        return
     try:
         with told(debug=given.debug):
-            raise typer.Exit(_measure(given))
+            raise typer.Exit(max([_run(name, given) for name in given.suites]))
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
+
+
+def _run(name: str, given: argparse.Namespace) -> int:
+    """What one name on the command line asks for; returns its exit code."""
+    if name in PAGES:
+        PAGES[name]()
+    elif name == "time":
+        _time(given)
+    elif name == "kernels":
+        against = (given.against or "eager,inductor").split(",")
+        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
+    else:
+        return _measure(name, given)
+    return 0
 
 
 def _catalogue() -> None:
@@ -77,9 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Suites: " + "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()) + ".",
     )
     parser.add_argument(
-        "suite",
+        "suites",
+        nargs="+",
+        metavar="suite",
         choices=[*SUITES, "kernels", "time", *PAGES],
-        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        help="suites; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )
@@ -94,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(given: argparse.Namespace) -> int:
-    suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
+def _measure(name: str, given: argparse.Namespace) -> int:
+    suite, recorded = SUITES[name], RESULTS / f"{name}.jsonl"
     setting = Setting(
         tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
     )
