@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +12,8 @@ import pytest
 
 from graphopt.gate import latency
 from graphopt.gate.latency import BASELINE, CANDIDATE, Interval, Rounds
+from graphopt.runtime import rounds
+from tests._clock import Clock
 
 Draw = Callable[[], float]
 
@@ -109,20 +110,23 @@ def test_a_limit_is_broken_only_by_the_whole_interval(interval: Interval, told: 
     assert interval.tell(1.05) == told
 
 
-def sleeping(milliseconds: float) -> Callable[[], None]:
-    return lambda: time.sleep(milliseconds / 1e3)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (rounds, latency):
+        monkeypatch.setattr(module, "time", made)
+    return made
 
 
-def test_rounds_end_as_soon_as_they_can_tell() -> None:
-    start = time.perf_counter()
-    found = latency.measure(sleeping(2), sleeping(4), [1.05], seconds=60)
-    assert time.perf_counter() - start < 20
+def test_rounds_end_as_soon_as_they_can_tell(clock: Clock) -> None:
+    found = latency.measure(clock.sleeping(0.002), clock.sleeping(0.004), [1.05], seconds=60)
+    assert clock.now < 5
     assert found.ratio().tell(1.05) == "beyond"
     assert len(found.times[BASELINE]) == len(found.times[CANDIDATE]) == 2 * found.count
 
 
-def test_rounds_end_when_the_time_is_out() -> None:
-    found = latency.measure(sleeping(1), sleeping(1), [1.0], seconds=0.01)
+def test_rounds_end_when_the_time_is_out(clock: Clock) -> None:
+    found = latency.measure(clock.sleeping(0.001), clock.sleeping(0.001), [1.0], seconds=0.01)
     assert found.count == 6
 
 
@@ -151,11 +155,11 @@ def test_the_clock_is_the_one_that_is_given() -> None:
     assert found.ratio().middle == pytest.approx(1.5)
 
 
-def test_a_call_runs_untimed_before_it_is_timed() -> None:
+def test_a_call_runs_untimed_before_it_is_timed(clock: Clock) -> None:
     order: list[str] = []
 
     def side(name: str) -> Callable[[], None]:
-        return lambda: (order.append(name), time.sleep(0.002))[1]
+        return lambda: (order.append(name), clock.sleep(0.002))[1]
 
     found = latency.measure(side("a"), side("b"), [100.0], seconds=0.01)
     timed = order[-8 * found.count :]
