@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.compiler.pass_ import custom_pass
 from graphopt.errors import (
     CaptureError,
+    ExecutionError,
     GraphoptError,
     InputError,
     LoweringError,
@@ -18,15 +19,18 @@ from graphopt.observe.explanation import Explanation
 from graphopt.observe.report import Report
 from graphopt.optimize import optimize
 from graphopt.optimized_model import OptimizedModel
+from graphopt.runtime.ort_options import OrtOptions
 from graphopt.runtime.target import Target
 
 __all__ = [
     "CaptureError",
+    "ExecutionError",
     "Explanation",
     "GraphoptError",
     "InputError",
     "LoweringError",
     "OptimizedModel",
+    "OrtOptions",
     "OutputError",
     "PassError",
     "Report",

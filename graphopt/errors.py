@@ -47,6 +47,10 @@ class LoweringError(GraphoptError):
     """An executor cannot compile or run a region."""
 
 
+class ExecutionError(GraphoptError):
+    """A program failed while it ran; none of its results are handed out."""
+
+
 class SpecError(GraphoptError):
     """A SPEC does not lead to a model."""
 

@@ -11,9 +11,10 @@ import torch
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, LoweringError, said
+from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
+from graphopt.runtime.executors import EXECUTORS, Executor, absent
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import find_executors, partition
 from graphopt.runtime.plan import Plan
@@ -90,10 +91,10 @@ def plan_candidates(
 
     Raises:
         LoweringError: the executors insisted on cannot run the model.
-        TargetError: an executor is unknown.
+        TargetError: an executor is unknown, or what it runs on is not there.
     """
     if executors is not None:
-        plan = partition(rewritten, find_executors(executors), target, remarks, effort)
+        plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
     ways: list[tuple[str, Graph, tuple[str, ...]]] = [
         ("eager", rewritten, ("eager",)),
@@ -101,7 +102,9 @@ def plan_candidates(
     ]
     if effort == "measured" and _is_worth_compiling(rewritten, target):
         ways.insert(0, ("inductor", rewritten, ("inductor", "eager")))
-    native = "ort" if target.device.type == "cpu" else "cuda"
+    native, other = ("ort", "openvino") if target.device.type == "cpu" else ("cuda", "ort")
+    if effort == "measured" and _is_here(other, target, remarks):
+        ways.insert(0, (other, rewritten, (other, "eager")))
     ways.insert(0, (native, rewritten, (native, "eager")))
     candidates = []
     for name, graph, order in ways:
@@ -117,6 +120,38 @@ def plan_candidates(
             continue
         candidate.plan = plan
     return candidates
+
+
+def _present(names: Sequence[str], target: Target, remarks: Remarks) -> list[Executor]:
+    """The executors of those names but for those that are not there, each with a remark.
+
+    Raises:
+        TargetError: an executor is unknown, or none of them is there.
+    """
+    found = find_executors(names)
+    reasons = {executor.name: absent(executor, target) for executor in found}
+    here = [executor for executor in found if reasons[executor.name] is None]
+    if not here:
+        what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TargetError(
+            f"no executor that was asked for runs on {target}: {what}",
+            hint="leave executors= out, and the measurement chooses among those that are there",
+        )
+    for executor in found:
+        if executor not in here:
+            _remark_absent(executor.name, reasons[executor.name] or "", remarks)
+    return here
+
+
+def _is_here(name: str, target: Target, remarks: Remarks) -> bool:
+    reason = absent(EXECUTORS[name], target)
+    if reason is not None:
+        _remark_absent(name, reason, remarks)
+    return reason is None
+
+
+def _remark_absent(name: str, reason: str, remarks: Remarks) -> None:
+    remarks.add("missed", "candidates", None, f"{name} is no candidate: {reason}")
 
 
 def _is_worth_compiling(graph: Graph, target: Target) -> bool:
