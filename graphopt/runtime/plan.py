@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph
 from graphopt.runtime.executors import Program
+from graphopt.runtime.memory import peak_bytes
 from graphopt.runtime.region import Region
 
 
@@ -23,12 +24,14 @@ class Step:
         region: what it computes.
         program: the compiled region.
         frees: names of values that nobody reads after this step.
+        reason: why it is this executor's, in words.
     """
 
     executor: str
     region: Region
     program: Program
     frees: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Plan:
     steps: tuple[Step, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a step, JSON-ready."""
+        """A row a step, JSON-ready; ``activation_bytes`` is the most that its values take at once."""
         rows = []
         for step in self.steps:
             counts = step.region.graph.op_counts()
@@ -58,11 +61,13 @@ class Plan:
                 {
                     "step": step.region.name,
                     "executor": step.executor,
+                    "reason": step.reason,
                     "device": str(self.device),
                     "nodes": len(step.region.graph.calls),
                     "ops": counts,
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
+                    "activation_bytes": peak_bytes([step.region.graph]),
                     **step.program.describe(),
                 }
             )
