@@ -5,11 +5,16 @@ from __future__ import annotations
 from graphopt.compiler.pass_ import custom_pass
 from graphopt.errors import (
     CaptureError,
+    DeadlineError,
+    ExecutionError,
     GraphoptError,
     InputError,
     LoweringError,
     OutputError,
     PassError,
+    QueueFullError,
+    SessionClosedError,
+    SessionError,
     SpecError,
     TargetError,
 )
@@ -22,6 +27,8 @@ from graphopt.runtime.target import Target
 
 __all__ = [
     "CaptureError",
+    "DeadlineError",
+    "ExecutionError",
     "Explanation",
     "GraphoptError",
     "InputError",
@@ -29,7 +36,10 @@ __all__ = [
     "OptimizedModel",
     "OutputError",
     "PassError",
+    "QueueFullError",
     "Report",
+    "SessionClosedError",
+    "SessionError",
     "SpecError",
     "Target",
     "TargetError",
