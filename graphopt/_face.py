@@ -5,12 +5,16 @@ from __future__ import annotations
 from graphopt.compiler.pass_ import custom_pass
 from graphopt.errors import (
     CaptureError,
+    DeadlineError,
     ExecutionError,
     GraphoptError,
     InputError,
     LoweringError,
     OutputError,
     PassError,
+    QueueFullError,
+    SessionClosedError,
+    SessionError,
     SpecError,
     TargetError,
 )
@@ -24,6 +28,7 @@ from graphopt.runtime.target import Target
 
 __all__ = [
     "CaptureError",
+    "DeadlineError",
     "ExecutionError",
     "Explanation",
     "GraphoptError",
@@ -33,7 +38,10 @@ __all__ = [
     "OrtOptions",
     "OutputError",
     "PassError",
+    "QueueFullError",
     "Report",
+    "SessionClosedError",
+    "SessionError",
     "SpecError",
     "Target",
     "TargetError",

@@ -20,6 +20,7 @@ from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
+from graphopt.runtime.scheduling.arrange import arranged
 from graphopt.runtime.target import Target
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
@@ -243,6 +244,10 @@ def choose(
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
+    if timed:
+        best.plan = arranged(
+            best.plan, inputs, remarks, lambda after: reference.compare(computed(best.graph, after)).ok
+        )
     for step in best.plan.steps:
         for note in step.program.notes():
             remarks.add(note.kind, step.executor, note.node, note.reason)
