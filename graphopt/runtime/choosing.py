@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from graphopt.compiler.device import l2_bytes
 from graphopt.compiler.reference import Reference
 from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
 from graphopt.errors import said
@@ -215,7 +216,7 @@ def _copies(node: fx.Node, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     size = sum(args[index].numel() * args[index].element_size() for index in weights)
     if size == 0:
         return [args]
-    count = min(_MOST_COPIES, math.ceil(_CACHES * _l2_bytes(args[weights[0]].device) / size))
+    count = min(_MOST_COPIES, math.ceil(_CACHES * l2_bytes(args[weights[0]].device) / size))
     others = (tuple(a.clone() if i in weights else a for i, a in enumerate(args)) for _ in range(count - 1))
     copies = [args, *others]
     if args[weights[0]].is_cuda:  # kernels may read them before they wait for the kernels that made them
@@ -235,13 +236,6 @@ def _constant_places(node: fx.Node) -> list[int]:
 def _weights(node: fx.Node, copies: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
     """The constants among the arguments, of all copies."""
     return [args[index] for args in copies for index in _constant_places(node)]
-
-
-def _l2_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    size: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return size
 
 
 def _given(
