@@ -69,7 +69,15 @@ def tma_tiles(
 
 @functools.lru_cache(maxsize=1024)
 def linear_configs(
-    M: int, N: int, K: int, itemsize: int, chip: Chip, tma: bool, then_summed: bool, finished: bool
+    M: int,
+    N: int,
+    K: int,
+    itemsize: int,
+    chip: Chip,
+    tma: bool,
+    then_summed: bool,
+    finished: bool,
+    residual: bool = False,
 ) -> tuple[Config, ...]:
     """How a product may be cut up, the likeliest first.
 
@@ -82,11 +90,12 @@ def linear_configs(
         tma: whether they may be moved by TMA.
         then_summed: whether a kernel follows that adds up partial sums at no cost.
         finished: whether the product alone is not all, so that cuBLAS's needs a kernel after it.
+        residual: whether the kernel adds one.
     """
     few = M <= FEW_ROWS
     found = _few_rows(M, N, K, chip, tma, then_summed) if few else _many_rows(M, N, chip, tma)
     found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
-    fitting = tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+    fitting = tuple(config for config in found if _shared(config, itemsize, residual=residual) <= chip.shared)
     if not finished:
         return fitting
     # Many rows keep cuBLAS busier than the tiles here, and a norm reads the product from L2 either way.
@@ -178,9 +187,13 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
     return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
 
 
-def _shared(config: Config, itemsize: int, weights: int = 1) -> int:
-    """Bytes of shared memory: the tiles under way, and with TMA the finished one, or half of it."""
+def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:
+    """Bytes of shared memory: the tiles under way, and with TMA the finished one, or half of it.
+
+    A residual comes to its threads through as much again: 128x256x64 in halves with 4 steps needs 229 KB
+    without one, 262 KB with it.
+    """
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     finished = m * n * itemsize if config.tiles.get("TMA") and config.tiles["SPLITS"] == 1 else 0
-    finished //= 1 + config.tiles.get("HALVES", 0)
+    finished = finished // (1 + config.tiles.get("HALVES", 0)) * (1 + residual)
     return (m + weights * n) * k * itemsize * config.num_stages + finished + 1024

@@ -349,7 +349,7 @@ def project(
     (M, _), N = x_MK.shape, weight.shape[0]
     bias_N = None if bias is None else bias.contiguous()
     finished = residual is not None or activation != "none"
-    config = chosen(x_MK, weight, finished=finished)
+    config = chosen(x_MK, weight, finished=finished, residual=residual is not None)
     if config.tiles.get("SPLITS") == 1:
         out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
     else:
@@ -363,7 +363,9 @@ def project(
     return out.view(*x.shape[:-1], N)
 
 
-def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False) -> Config:
+def chosen(
+    x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False, residual: bool = False
+) -> Config:
     """The configuration for a product.
 
     Args:
@@ -371,12 +373,13 @@ def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: b
         weight: (N, K).
         finished: whether something is done to the product.
         then_summed: whether by a kernel that adds up partial sums at no cost.
+        residual: whether one is added in the product's own kernel.
     """
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
     chip = Chip(processors(x.device), shared_memory(x.device))
-    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed
-    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished)
+    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed, residual
+    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished, residual)
     return choose(_linear_kernel, x.device, named, candidates)
 
 

@@ -139,3 +139,15 @@ def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, 
         assert (cut["BLOCK_M"] + cut["BLOCK_N"]) * cut["BLOCK_K"] * 2 * config.num_stages <= 227 * 1024
         assert cut["TMA"] == 0 or tma
         assert (cut["SPLITS"] - 1) * cut["BLOCK_K"] < shape[2] or cut["SPLITS"] == 1
+
+
+def test_a_residual_leaves_no_room_for_the_largest_tile_by_tma() -> None:
+    """128x256 finished whole needs 64 KB for itself, and as much again for the residual's way."""
+    plain, added = (
+        linear_configs(4096, 3072, 768, 2, Chip(132, 227 * 1024), True, False, True, residual)
+        for residual in (False, True)
+    )
+    assert plain[0] == tma_tiles(128, 256, 64, 8, 3)
+    assert plain[0] not in added
+    assert tma_tiles(128, 256, 64, 8, 3, halves=True) in added
+    assert set(map(str, added)) < set(map(str, plain))
