@@ -14,7 +14,7 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
-from graphopt.runtime.executors import EXECUTORS, Executor, absent
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import find_executors, partition
 from graphopt.runtime.plan import Plan
@@ -102,9 +102,10 @@ def plan_candidates(
     ]
     if effort == "measured" and _is_worth_compiling(rewritten, target):
         ways.insert(0, ("inductor", rewritten, ("inductor", "eager")))
-    native, other = ("ort", "openvino") if target.device.type == "cpu" else ("cuda", "ort")
-    if effort == "measured" and _is_here(other, target, remarks):
+    other = besides(target) if effort == "measured" else None
+    if other is not None and _is_here(other, target, remarks):
         ways.insert(0, (other, rewritten, (other, "eager")))
+    native = "ort" if target.device.type == "cpu" else "cuda"
     ways.insert(0, (native, rewritten, (native, "eager")))
     candidates = []
     for name, graph, order in ways:
