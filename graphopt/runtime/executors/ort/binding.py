@@ -27,7 +27,7 @@ GPU_DTYPES = CPU_DTYPES | {torch.bfloat16}
 
 
 def bind_inputs(binding: Any, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Bind a call's inputs; those with strides of their own are written out first.
+    """Bind a call's inputs; those with strides of their own, or read negated, are written out first.
 
     Args:
         binding: of the session.
@@ -37,7 +37,7 @@ def bind_inputs(binding: Any, names: Sequence[str], tensors: Sequence[torch.Tens
     Returns:
         The tensors that are bound: the binding knows addresses alone, so they must live until it has run.
     """
-    kept = [tensor.detach().contiguous() for tensor in tensors]
+    kept = [tensor.detach().resolve_neg().contiguous() for tensor in tensors]
     for name, tensor in zip(names, kept, strict=True):
         binding.bind_input(name, *_place(tensor))
     return kept
