@@ -132,10 +132,25 @@ def _regions(locked: Facts, now: Facts) -> Iterator[Finding]:
         row for stage in ("partition", "lower", "candidates") for row in causes.remarks(locked, now, stage)
     ]
     model, line = causes.in_the_model(locked, now)
-    because = (*map(causes.remark_words, told), *model, *causes.around(locked, now))
+    lost = _lost_providers(before["regions"], after["regions"], now["machine"].get("providers", ()))
+    because = (*lost, *map(causes.remark_words, told), *model, *causes.around(locked, now))
     what = "fell back: " if fell else ""
     status: Status = "failed" if fell else "improved" if slow_now < slow else "changed"
     yield Finding("regions", status, f"{what}{words}", because, told[0]["source"] if told else line)
+
+
+def _lost_providers(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], offered: Sequence[str]
+) -> Iterator[str]:
+    """Providers that an executor ran on and does not any more, and what ONNX Runtime says of them here."""
+    was, now = ({(row["executor"], row["provider"]) for row in side} for side in (before, after))
+    for executor, provider in sorted(was - now):
+        if executor not in {name for name, _ in now}:
+            continue  # it is not that it runs elsewhere: it does not run
+        why = f"this ONNX Runtime has only {causes.listed(offered)}"
+        if provider in offered:
+            why = "this ONNX Runtime has it, so a library or a driver that it needs does not load"
+        yield f"{executor} does not run on {provider} any more: {why}"
 
 
 def _by_runner(regions: Sequence[Mapping[str, Any]]) -> dict[str, int]:

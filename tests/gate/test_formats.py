@@ -108,6 +108,13 @@ def test_sarif_puts_findings_and_remarks_on_the_users_lines(project: Project, re
     assert [row for row in run["results"] if row["ruleId"] == "fusions" and row["level"] == "error"]
 
 
+def test_a_place_in_sarif_is_a_uri() -> None:
+    finding = Finding("fusions", "failed", "less", (), "my models/a b#1.py:3")
+    (run,) = json.loads(formats.sarif([result([finding])], "graphopt.lock"))["runs"]
+    (where,) = run["results"][0]["locations"]
+    assert where["physicalLocation"]["artifactLocation"]["uri"] == "my%20models/a%20b%231.py"
+
+
 def test_sarif_fingerprints_outlive_other_numbers() -> None:
     def prints(message: str) -> list[str]:
         rows = json.loads(formats.sarif([result([Finding("r", "failed", message)])], "l"))["runs"][0][
