@@ -5,11 +5,16 @@ from __future__ import annotations
 from graphopt.compiler.pass_ import custom_pass
 from graphopt.errors import (
     CaptureError,
+    DeadlineError,
+    ExecutionError,
     GraphoptError,
     InputError,
     LoweringError,
     OutputError,
     PassError,
+    QueueFullError,
+    SessionClosedError,
+    SessionError,
     SpecError,
     TargetError,
 )
@@ -18,18 +23,25 @@ from graphopt.observe.explanation import Explanation
 from graphopt.observe.report import Report
 from graphopt.optimize import optimize
 from graphopt.optimized_model import OptimizedModel
+from graphopt.runtime.ort_options import OrtOptions
 from graphopt.runtime.target import Target
 
 __all__ = [
     "CaptureError",
+    "DeadlineError",
+    "ExecutionError",
     "Explanation",
     "GraphoptError",
     "InputError",
     "LoweringError",
     "OptimizedModel",
+    "OrtOptions",
     "OutputError",
     "PassError",
+    "QueueFullError",
     "Report",
+    "SessionClosedError",
+    "SessionError",
     "SpecError",
     "Target",
     "TargetError",

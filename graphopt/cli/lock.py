@@ -47,6 +47,9 @@ def lock(
     ] = None,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
+    processes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="So many time the model, one after the other, each anew.")
+    ] = 3,
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
     *,
@@ -81,7 +84,7 @@ def lock(
                     tuple(enable or ()), tuple(disable or ()), max_loss, batch, seq,
                 )  # fmt: skip
                 budgets = _gate.budgets_of({"budgets": own}, known, {})
-                entry = _gate.lock_entry(config, own, budgets, progress)
+                entry = _gate.lock_entry(config, own, budgets, processes, progress)
                 entries = {**entries, known: entry}
                 rows += [f"{known}: {_summary(entry)}", *_notes(entry)]
         lockfile.write(lock, entries)
