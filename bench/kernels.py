@@ -82,7 +82,7 @@ def measure(
     reason = case.face.refuses(*args)
     if reason is not None:
         raise SystemExit(f"{case.kernel} {case.shape}: {reason}")
-    with prefetched_weights():
+    with prefetched_weights(_tensors(args)):
         changed = tune(case.face.launch, *args, again=True) if tuned else []
     peers = {
         "eager": case.reference,
@@ -98,7 +98,7 @@ def measure(
     cost = case.cost(args)
     moved, least = cost.bytes, max(cost.bytes / peaks[0], cost.flops / peaks[1])
     sets = _copies(args, moved)
-    with prefetched_weights():
+    with prefetched_weights(_tensors(sets)):
         cold = interleaved([_calls(call, sets) for call in sides.values()])
         warm = interleaved([_calls(call, [args]) for call in sides.values()])
     best = {result.kernel: result.config.options for result in changed}
@@ -154,10 +154,14 @@ def _calls(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> list[Th
     return [bound(sets[i % len(sets)]) for i in range(count)]
 
 
+def _tensors(args: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+
+
 def _copies(args: tuple[Any, ...], moved: float) -> list[tuple[Any, ...]]:
     """Sets of arguments that together move four times the L2 cache, in at most ``MOST_BYTES`` of memory."""
     cache = l2_bytes(torch.device("cuda", 0))
-    held = sum(x.nbytes for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+    held = sum(x.nbytes for x in _tensors(args))
     count = max(min(math.ceil(4 * cache / moved), MOST_CALLS, MOST_BYTES // held), 2)
     return [pytree.tree_map_only(torch.Tensor, torch.clone, args) for _ in range(count)]
 

@@ -8,20 +8,26 @@ from typing import Any
 
 import torch
 
+from graphopt.kernels._capture import own_stream
 
-def captured(calls: Sequence[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """One CUDA graph of calls made one after the other on a stream of its own.
+
+def captured(
+    calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """One CUDA graph of calls made one after the other.
 
     Args:
         calls: each launches on the current stream and waits for nothing. What a first call compiles or
             allocates must not be captured: call them before.
+        stream: to capture on, one of ``own_stream``; a new one by default.
 
     Returns:
         The graph, and the results of the calls: a replay writes into the same memory. Where they are kept, no
         two results share memory.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+    stream = stream or own_stream(torch.device("cuda", torch.cuda.current_device()))
+    with torch.cuda.graph(graph, stream=stream):
         results = [call() for call in calls]
     return graph, results
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from graphopt.kernels._capture import own_stream
 from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import recorded_launches, stand_in, triton
 
@@ -197,8 +198,15 @@ def interleaved(thunks: Sequence[Callable[[], Any]]) -> list[float]:
         for _ in range(REPEATS):
             thunk()
 
-    graphs = [captured([functools.partial(repeat, thunk)])[0] for thunk in thunks]
+    stream = _stream(torch.cuda.current_device())
+    graphs = [captured([functools.partial(repeat, thunk)], stream)[0] for thunk in thunks]
     return [us / REPEATS for us in replayed(graphs, ROUNDS)]
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """The stream that all candidates of a GPU are captured on; none outlives its comparison."""
+    return own_stream(torch.device("cuda", index))
 
 
 # On disk

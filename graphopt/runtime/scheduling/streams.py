@@ -35,7 +35,7 @@ class Streams:
         self._records = [not read_elsewhere.isdisjoint(step.region.writes) for step in plan.steps]
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """Queue the plan after what the caller's stream holds, and that stream's later work after the plan."""
+        """Queue the plan after what the caller's stream holds, and later work there after the plan."""
         plan = self._plan
         current = self._cuda.current_stream(plan.device)
         streams = [current, *self._streams]
