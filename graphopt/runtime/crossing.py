@@ -52,8 +52,8 @@ _CPU = {
     "inductor": Speed(0.01, 0.0005),
     "eager": Speed(0.004, 0.002, slowdown=1.1, decomposed=2.0),
 }
-# Estimates for a GPU: the launch of a CUDA graph and of the two kernels that copy its inputs and outputs, and a
-# launch from Python; what counts is measured (see ``speed_of``).
+# Estimates for a GPU: the launch of a CUDA graph and of the two kernels that copy its inputs and outputs, and
+# a launch from Python; calls are measured where they can be (see ``speed_of``).
 _CUDA = {
     "cuda": Speed(0.02, 0.001, copies=True),
     "inductor": Speed(0.02, 0.001, copies=True),
