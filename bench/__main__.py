@@ -18,9 +18,9 @@ from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
-from graphopt.bench.case import Case, Setting
 from graphopt.bench.page import write_page
 from graphopt.bench.rows import line, read_all, require_appendable
+from graphopt.bench.setting import LIMIT, Case, Setting
 from graphopt.cli._errors import told
 from graphopt.cli.bench import run_cases
 from graphopt.observe.files import write_text
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="of a side's build or call; 0 for none")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
@@ -102,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(given: argparse.Namespace) -> int:
     suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
     setting = Setting(
-        tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
+        tuple(peers.named(given.against or suite.against)),
+        given.rounds,
+        given.seconds,
+        given.threads,
+        given.limit or None,
     )
     cases = [case for case in _runnable(suite.cases) if given.only in case.name]
     if not cases:

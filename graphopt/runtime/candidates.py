@@ -12,13 +12,15 @@ import torch
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, LoweringError, said
+from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
+from graphopt.runtime.executors import EXECUTORS, Executor, absent
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
+from graphopt.runtime.scheduling.arrange import arranged
 from graphopt.runtime.target import Target
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
@@ -95,14 +97,16 @@ def plan_candidates(
 
     Raises:
         LoweringError: the executors insisted on cannot run the model.
-        TargetError: an executor is unknown.
+        TargetError: an executor is unknown, or what it runs on is not there.
     """
     if executors is not None:
-        plan = partition(rewritten, find_executors(executors), target, remarks, effort)
+        plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
-    native = "ort" if target.device.type == "cpu" else "cuda"
+    native, other = ("ort", "openvino") if target.device.type == "cpu" else ("cuda", "ort")
     compile_too = effort == "measured" and _is_worth_compiling(rewritten, target)
     candidates = _native(native, rewritten, target, remarks, effort, compile_too)
+    if effort == "measured" and _is_here(other, target, remarks):
+        candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
     if compile_too:
         candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
     for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
@@ -152,6 +156,38 @@ def _compiled(name: str, found: Cut, target: Target, remarks: Remarks, effort: s
     else:
         candidate.plan = plan
     return candidate
+
+
+def _present(names: Sequence[str], target: Target, remarks: Remarks) -> list[Executor]:
+    """The executors of those names but for those that are not there, each with a remark.
+
+    Raises:
+        TargetError: an executor is unknown, or none of them is there.
+    """
+    found = find_executors(names)
+    reasons = {executor.name: absent(executor, target) for executor in found}
+    here = [executor for executor in found if reasons[executor.name] is None]
+    if not here:
+        what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TargetError(
+            f"no executor that was asked for runs on {target}: {what}",
+            hint="leave executors= out, and the measurement chooses among those that are there",
+        )
+    for executor in found:
+        if executor not in here:
+            _remark_absent(executor.name, reasons[executor.name] or "", remarks)
+    return here
+
+
+def _is_here(name: str, target: Target, remarks: Remarks) -> bool:
+    reason = absent(EXECUTORS[name], target)
+    if reason is not None:
+        _remark_absent(name, reason, remarks)
+    return reason is None
+
+
+def _remark_absent(name: str, reason: str, remarks: Remarks) -> None:
+    remarks.add("missed", "candidates", None, f"{name} is no candidate: {reason}")
 
 
 def _is_worth_compiling(graph: Graph, target: Target) -> bool:
@@ -208,6 +244,10 @@ def choose(
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
+    if timed:
+        best.plan = arranged(
+            best.plan, inputs, remarks, lambda after: reference.compare(computed(best.graph, after)).ok
+        )
     for step in best.plan.steps:
         for note in step.program.notes():
             remarks.add(note.kind, step.executor, note.node, note.reason)

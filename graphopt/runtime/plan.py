@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -33,6 +33,21 @@ class Step:
     frees: tuple[str, ...] = ()
     reason: str = ""
 
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Run the program; an error is told which step it came from."""
+        try:
+            return self.program.run(inputs)
+        except Exception as error:
+            error.add_note(f"in step {self.region.name} of the plan, on {self.executor}")
+            raise
+
+
+class Runner(Protocol):
+    """Runs a plan in another way than one step after the other."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """The plan's flat outputs."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +59,8 @@ class Plan:
         outputs: what the model returns, in order: the name of a value, or a literal.
         constants: values that the model returns as they are.
         steps: in order.
+        lanes: of each step, when they run side by side: a thread on a CPU, a stream on a GPU.
+        runner: runs them so; None runs them in order.
     """
 
     device: torch.device
@@ -51,11 +68,17 @@ class Plan:
     outputs: tuple[Any, ...]
     constants: dict[str, torch.Tensor]
     steps: tuple[Step, ...]
+    lanes: tuple[int, ...] = ()
+    runner: Runner | None = None
+
+    def ends(self, values: Mapping[str, Any]) -> list[Any]:
+        """The flat outputs among the values that the steps made."""
+        return [values[end.name] if isinstance(end, Value) else end for end in self.outputs]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a step, JSON-ready; ``activation_bytes`` is the most that its values take at once."""
         rows = []
-        for step in self.steps:
+        for index, step in enumerate(self.steps):
             counts = step.region.graph.op_counts()
             rows.append(
                 {
@@ -68,6 +91,7 @@ class Plan:
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
                     "activation_bytes": peak_bytes([step.region.graph]),
+                    **({"lane": self.lanes[index]} if self.lanes else {}),
                     **step.program.describe(),
                 }
             )
