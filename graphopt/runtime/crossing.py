@@ -76,7 +76,7 @@ def speed_of(executor: Executor, target: Target, *, measured: bool) -> Speed:
     known = table.get(executor.name, _UNKNOWN)
     if not measured or executor.name not in _QUICK:
         return known
-    found = _measured_call_ms(executor, target.device)
+    found = _measured_call_ms(executor, target.device)  # type: ignore[arg-type]  # executors are hashed by identity
     return known if found is None else replace(known, call_ms=found)
 
 
