@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, gate, kernels
+from bench import RESULTS, catalogue, compile_time, gate, kernels, serving
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -37,6 +38,9 @@ def main() -> None:
     if given.suite == "time":
         _time(given)
         return
+    if given.suite == "serve":
+        _serve(given)
+        return
     if given.suite == "kernels":
         against = (given.against or "eager,inductor").split(",")
         kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
@@ -58,11 +62,24 @@ def _time(given: argparse.Namespace) -> None:
     layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
     rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
     Console().print(compile_time.table(rows))
-    if given.dry:
-        return
-    path, command = RESULTS / "time.jsonl", f"python -m bench time --threads {threads}"
+    if not given.dry:
+        _record("time", rows, f"python -m bench time --threads {threads}")
+
+
+def _serve(given: argparse.Namespace) -> None:
+    threads = given.threads or torch.get_num_threads()
+    cases = {name: case for name, case in serving.CASES.items() if given.only in name}
+    rows = [serving.measure(name, case, threads, min(given.rounds, 6)) for name, case in cases.items()]
+    Console().print(*serving.tables(rows))
+    if not given.dry:
+        _record("serve", rows, f"python -m bench serve --threads {threads}")
+
+
+def _record(suite: str, rows: Sequence[dict[str, Any]], command: str) -> None:
+    """Write rows that are not of sides against each other; of a case only the newest stays."""
+    path, measured = RESULTS / f"{suite}.jsonl", {row["case"] for row in rows}
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["case"] not in layers]
+    kept = [row for row in old if row["case"] not in measured]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
 
@@ -78,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "kernels", "time", *PAGES],
+        choices=[*SUITES, "kernels", "time", "serve", *PAGES],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        " serve: sessions of 64 clients, 100,000 random requests, and the scheduler's own time; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )
