@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, gate, kernels, serving
+from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels, serving
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
-from graphopt.bench.case import Case, Setting
 from graphopt.bench.page import write_page
 from graphopt.bench.rows import line, read_all, require_appendable
+from graphopt.bench.setting import LIMIT, Case, Setting
 from graphopt.cli._errors import told
 from graphopt.cli.bench import run_cases
 from graphopt.observe.files import write_text
@@ -35,11 +35,8 @@ def main() -> None:
     if given.suite in PAGES:
         PAGES[given.suite]()
         return
-    if given.suite == "time":
-        _time(given)
-        return
-    if given.suite == "serve":
-        _serve(given)
+    if given.suite in TABLED:
+        _tabled(given)
         return
     if given.suite == "kernels":
         against = (given.against or "eager,inductor").split(",")
@@ -57,31 +54,24 @@ def _catalogue() -> None:
     catalogue.update_page([catalogue.measure(*case) for case in every])
 
 
-def _time(given: argparse.Namespace) -> None:
+def _tabled(given: argparse.Namespace) -> None:
+    """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
-    layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
-    rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
-    Console().print(compile_time.table(rows))
-    if not given.dry:
-        _record("time", rows, f"python -m bench time --threads {threads}")
-
-
-def _serve(given: argparse.Namespace) -> None:
-    threads = given.threads or torch.get_num_threads()
-    cases = {name: case for name, case in serving.CASES.items() if given.only in name}
-    rows = [serving.measure(name, case, threads, min(given.rounds, 6)) for name, case in cases.items()]
-    Console().print(*serving.tables(rows))
-    if not given.dry:
-        _record("serve", rows, f"python -m bench serve --threads {threads}")
-
-
-def _record(suite: str, rows: Sequence[dict[str, Any]], command: str) -> None:
-    """Write rows that are not of sides against each other; of a case only the newest stays."""
-    path, measured = RESULTS / f"{suite}.jsonl", {row["case"] for row in rows}
+    suite = TABLED[given.suite]
+    cases = {case: size for case, size in suite.CASES.items() if given.only in case}
+    rows = [suite.measure(case, size, threads) for case, size in cases.items()]
+    Console().print(suite.table(rows))
+    if given.dry:
+        return
+    path = RESULTS / f"{given.suite}.jsonl"
+    command = f"python -m bench {given.suite} --threads {threads}"
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["case"] not in measured]
+    kept = [row for row in old if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
+
+# Suites with rows and a table of their own.
+TABLED: dict[str, Any] = {"time": compile_time, "crossings": crossings, "serve": serving}
 
 # What is made without measuring sides against each other, by the name of its page.
 PAGES = {"readme": update_readme, "catalogue": _catalogue}
@@ -95,9 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "kernels", "time", "serve", *PAGES],
+        choices=[*SUITES, "kernels", *TABLED, *PAGES],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
-        " serve: sessions of 64 clients, 100,000 random requests, and the scheduler's own time; or"
+        " crossings: what it costs that executors share a model; or serve: sessions of 64 clients, 100,000"
+        " random requests, and what the scheduler itself takes; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )
@@ -105,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="of a side's build or call; 0 for none")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
@@ -115,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(given: argparse.Namespace) -> int:
     suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
     setting = Setting(
-        tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
+        tuple(peers.named(given.against or suite.against)),
+        given.rounds,
+        given.seconds,
+        given.threads,
+        given.limit or None,
     )
     cases = [case for case in _runnable(suite.cases) if given.only in case.name]
     if not cases:

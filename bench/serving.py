@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 import graphopt
@@ -36,28 +37,28 @@ from graphopt.runtime.rounds import interleave, quartiles, ratio
 
 CLIENTS, MAX_BATCH, MAX_WAIT_MS = 64, 32, 5.0
 _REQUESTS = 256  # of a turn
+_ROUNDS = 6  # of two turns a side
 _STORM, _STORM_THREADS = 100_000, 16
 _STEPS = 200
 
 Row = dict[str, Any]
-Case = Callable[[int], Row]
+Case = Callable[[], Row]
 
 
-def measure(name: str, case: Case, threads: int, rounds: int) -> Row:
+def measure(name: str, case: Case, threads: int) -> Row:
     """Run a case; returns its row, JSON-ready, with where and with what it was measured."""
     torch.set_num_threads(threads)
-    return {"case": name, **case(rounds), **context(torch.device("cpu"))}
+    return {"case": name, **case(), **context(torch.device("cpu"))}
 
 
 # Clients
 
 
-def clients(lengths: tuple[int, int], rounds: int, effort: str = "measured") -> Row:
+def clients(lengths: tuple[int, int], effort: str = "measured") -> Row:
     """MiniLM's requests of one sentence each, one by one and in a session.
 
     Args:
         lengths: tokens of the shortest and the longest sentence; between them they are log-uniform.
-        rounds: two turns a side in each.
         effort: as of ``optimize``.
     """
     model, args, kwargs = minilm(8, lengths[1])
@@ -73,7 +74,7 @@ def clients(lengths: tuple[int, int], rounds: int, effort: str = "measured") -> 
         }
         sides["session"]()  # the batches that are proved
         latencies.clear()
-        times = interleave(sides, rounds)
+        times = interleave(sides, _ROUNDS)
         stats = session.stats()
     batch_ms, p99_ms = stats["batch_ms"]["median"], statistics.quantiles(latencies, n=100)[98]
     return {
@@ -140,7 +141,7 @@ class Doubled(torch.nn.Module):
         return torch.nn.functional.embedding(x, table[:, None])[..., 0]
 
 
-def storm(_: int) -> Row:
+def storm() -> Row:
     """Random requests of many threads, cancelled, late or failing; every answer is checked.
 
     Raises:
@@ -215,7 +216,7 @@ def _resident_bytes() -> int:
 # The scheduler
 
 
-def steps(rounds: int) -> Row:
+def steps() -> Row:
     """A plan of many steps against the same programs called one after the other: microseconds a step."""
     plan, x = _plan_of_steps()
 
@@ -226,7 +227,7 @@ def steps(rounds: int) -> Row:
         return value
 
     sides = {"bare": bare, "scheduler": lambda: scheduler.run(plan, [x])}
-    times = interleave(sides, 20 * rounds, clock=_thread_clock)
+    times = interleave(sides, 20 * _ROUNDS, clock=_thread_clock)
     pairs = zip(times["scheduler"], times["bare"], strict=True)
     cost = [1e3 * (ours - theirs) / _STEPS for ours, theirs in pairs]
     return {"steps": _STEPS, "overhead_us_a_step": quartiles(cost), "limit_us_a_step": 20}
@@ -262,7 +263,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
+def table(rows: Sequence[Row]) -> Group:
     """The rows, a table for each kind."""
     shown = Table(
         "case", "one by one", "session", "ratio", "p99 (ms)", "bound (ms)", title="requests a second"
@@ -279,4 +280,4 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             others.add_row(row["case"], f"{row['ends']}; {memory}; {row['requests_per_s']} a second")
         else:
             others.add_row(row["case"], f"{row['overhead_us_a_step']['median']} µs a step")
-    return [table for table in (shown, others) if table.row_count]
+    return Group(*(one for one in (shown, others) if one.row_count))

@@ -48,7 +48,7 @@ class LoweringError(GraphoptError):
 
 
 class ExecutionError(GraphoptError):
-    """A plan cannot be run to its end: a thread that runs its steps has died."""
+    """A plan failed while it ran: a program, or a thread that runs its steps; no results are handed out."""
 
 
 class SessionError(GraphoptError):

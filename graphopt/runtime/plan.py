@@ -11,6 +11,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph
 from graphopt.runtime.executors import Program
+from graphopt.runtime.memory import peak_bytes
 from graphopt.runtime.region import Region
 
 
@@ -23,12 +24,14 @@ class Step:
         region: what it computes.
         program: the compiled region.
         frees: names of values that nobody reads after this step.
+        reason: why it is this executor's, in words.
     """
 
     executor: str
     region: Region
     program: Program
     frees: tuple[str, ...] = ()
+    reason: str = ""
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the program; an error is told which step it came from."""
@@ -73,7 +76,7 @@ class Plan:
         return [values[end.name] if isinstance(end, Value) else end for end in self.outputs]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a step, JSON-ready."""
+        """A row a step, JSON-ready; ``activation_bytes`` is the most that its values take at once."""
         rows = []
         for index, step in enumerate(self.steps):
             counts = step.region.graph.op_counts()
@@ -81,11 +84,13 @@ class Plan:
                 {
                     "step": step.region.name,
                     "executor": step.executor,
+                    "reason": step.reason,
                     "device": str(self.device),
                     "nodes": len(step.region.graph.calls),
                     "ops": counts,
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
+                    "activation_bytes": peak_bytes([step.region.graph]),
                     **({"lane": self.lanes[index]} if self.lanes else {}),
                     **step.program.describe(),
                 }

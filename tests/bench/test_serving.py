@@ -18,10 +18,11 @@ from bench import serving
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(serving, "_STORM", 400)
     monkeypatch.setattr(serving, "_STORM_THREADS", 4)
+    monkeypatch.setattr(serving, "_ROUNDS", 1)
     monkeypatch.setattr(command, "RESULTS", tmp_path)
 
     def run(only: str) -> list[dict[str, Any]]:
-        arguments = ["bench", "serve", "--only", only, "--threads", "1", "--rounds", "1"]
+        arguments = ["bench", "serve", "--only", only, "--threads", "1"]
         monkeypatch.setattr(sys, "argv", arguments)
         command.main()
         return [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]

@@ -28,13 +28,14 @@ class Streams:
         placed = list(zip(plan.steps, plan.lanes, strict=True))
         self._lane_of = {name: lane for step, lane in placed for name in step.region.writes}
         self._crossing = [
-            {name for name in step.region.reads if self._lane_of.get(name, 0) != at} for step, at in placed
+            {name for name in step.region.reads if self._lane_of.get(name, 0) != lane}
+            for step, lane in placed
         ]
         read_elsewhere = set().union(*self._crossing)
         self._records = [not read_elsewhere.isdisjoint(step.region.writes) for step in plan.steps]
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """Queue the plan on the caller's stream: after what that holds, before what it is given later."""
+        """Queue the plan after what the caller's stream holds, and later work there after the plan."""
         plan = self._plan
         current = self._cuda.current_stream(plan.device)
         streams = [current, *self._streams]
