@@ -24,7 +24,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def run(only: str) -> list[dict[str, Any]]:
         arguments = ["bench", "serve", "--only", only, "--threads", "1"]
         monkeypatch.setattr(sys, "argv", arguments)
-        command.main()
+        with pytest.raises(SystemExit, match="0"):
+            command.main()
         return [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
 
     return run
