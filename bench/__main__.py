@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels
+from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels, serving
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -43,7 +43,7 @@ def _run(name: str, given: argparse.Namespace) -> int:
     """What one name on the command line asks for; returns its exit code."""
     if name in PAGES:
         PAGES[name]()
-    elif name in ("time", "crossings"):
+    elif name in TABLED:
         _tabled(name, given)
     elif name == "kernels":
         against = (given.against or "eager,inductor").split(",")
@@ -61,7 +61,7 @@ def _catalogue() -> None:
 def _tabled(name: str, given: argparse.Namespace) -> None:
     """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
-    suite: Any = {"time": compile_time, "crossings": crossings}[name]
+    suite = TABLED[name]
     cases = {case: size for case, size in suite.CASES.items() if given.only in case}
     rows = [suite.measure(case, size, threads) for case, size in cases.items()]
     Console().print(suite.table(rows))
@@ -73,6 +73,9 @@ def _tabled(name: str, given: argparse.Namespace) -> None:
     kept = [row for row in old if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
+
+# Suites with rows and a table of their own.
+TABLED: dict[str, Any] = {"time": compile_time, "crossings": crossings, "serve": serving}
 
 # What is made without measuring sides against each other, by the name of its page.
 PAGES = {"readme": update_readme, "catalogue": _catalogue}
@@ -88,9 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         "suites",
         nargs="+",
         metavar="suite",
-        choices=[*SUITES, "kernels", "time", "crossings", *PAGES],
+        choices=[*SUITES, "kernels", *TABLED, *PAGES],
         help="suites; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
-        " crossings: what it costs that executors share a model; or"
+        " crossings: what it costs that executors share a model; or serve: sessions of 64 clients, 100,000"
+        " random requests, and what the scheduler itself takes; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )

@@ -58,7 +58,8 @@ class Sizes:
     def of(graph: Graph) -> Sizes:
         """The sizes of a captured graph."""
         specs = [spec for spec in graph.inputs if spec.node is not None]
-        inputs, most = [], {}
+        inputs: list[InputSizes] = []
+        most: dict[str, int] = {}
         for spec in specs:
             sizes = tuple(_size(size) for size in spec.shape)
             named = {str(sizes[dim]): label for dim, label in spec.dims.items()}
@@ -83,7 +84,7 @@ def _size(size: Any) -> Size:
 def _bound(size: torch.SymInt) -> int | None:
     """The largest value that a dynamic size may have, where capture found one."""
     shape_env = size.node.shape_env
-    upper = None if shape_env is None else shape_env.bound_sympy(size.node.expr).upper
+    upper: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr).upper
     return int(upper) if getattr(upper, "is_Integer", False) and upper < _UNBOUNDED else None
 
 

@@ -157,7 +157,8 @@ class BatchingPolicy:
         if not due:
             return []
         bucket = min(due, key=lambda bucket: bucket.order[0])
-        rows, chosen, tag = 0, [], self._served
+        chosen: list[int] = []
+        rows, tag = 0, self._served
         for place in bucket.order:
             request = bucket.waiting[place[2]][0]
             if chosen and rows + request.rows > self.rules.max_batch:

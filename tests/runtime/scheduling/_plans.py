@@ -27,7 +27,8 @@ class Program(Silent):
 def step(name: str, reads: Sequence[str], function: Callable[..., Any]) -> Step:
     """A step that makes one value, called as the step is."""
     node = SimpleNamespace(meta={"val": torch.empty(4)})
-    graph = SimpleNamespace(calls=[], op_counts=dict)
+    output = SimpleNamespace(all_input_nodes=[])
+    graph = SimpleNamespace(calls=[], op_counts=dict, output=output)
     region = SimpleNamespace(name=name, reads=tuple(reads), writes=(name,), results=[node], graph=graph)
     return Step("hand", region, Program(function))  # type: ignore[arg-type]
 

@@ -1,0 +1,283 @@
+"""``python -m bench serve``: what a session gains, what becomes of 100,000 requests, what a step costs.
+
+Closed-loop clients ask, wait for the answer, and ask again. The other side is the same requests one by one in
+a single thread, which is the most that calls one by one can do: threads that call the model themselves only
+get into each other's way. Both sides take turns, A B B A, as in every comparison here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import random
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+import graphopt
+from bench.models import minilm
+from graphopt.bench.case import context
+from graphopt.errors import DeadlineError
+from graphopt.optimized_model import OptimizedModel
+from graphopt.runtime import scheduler
+from graphopt.runtime.rounds import interleave, quartiles, ratio
+
+CLIENTS, MAX_BATCH, MAX_WAIT_MS = 64, 32, 5.0
+_REQUESTS = 256  # of a turn
+_ROUNDS = 6  # of two turns a side
+_STORM, _STORM_THREADS = 100_000, 16
+_STEPS = 200
+
+Row = dict[str, Any]
+Case = Callable[[], Row]
+
+
+def measure(name: str, case: Case, threads: int) -> Row:
+    """Run a case; returns its row, JSON-ready, with where and with what it was measured."""
+    torch.set_num_threads(threads)
+    return {"case": name, **case(), **context(torch.device("cpu"))}
+
+
+# Clients
+
+
+def clients(lengths: tuple[int, int], effort: str = "measured") -> Row:
+    """MiniLM's requests of one sentence each, one by one and in a session.
+
+    Args:
+        lengths: tokens of the shortest and the longest sentence; between them they are log-uniform.
+        effort: as of ``optimize``.
+    """
+    model, args, kwargs = minilm(8, lengths[1])
+    dims = {0: "batch", 1: "seq"}
+    dynamic = {"input_ids": dims, "attention_mask": dims}
+    opt = graphopt.optimize(model, args, kwargs, dynamic=dynamic, effort=effort)
+    requests = _requests(lengths)
+    latencies: list[float] = []
+    with opt.session(max_batch=MAX_BATCH, max_wait_ms=MAX_WAIT_MS) as session:
+        sides = {
+            "one": lambda: [opt(ids, attention_mask=mask) for ids, mask in requests],
+            "session": lambda: latencies.extend(_closed_loop(session, requests)),
+        }
+        sides["session"]()  # the batches that are proved
+        latencies.clear()
+        times = interleave(sides, _ROUNDS)
+        stats = session.stats()
+    batch_ms, p99_ms = stats["batch_ms"]["median"], statistics.quantiles(latencies, n=100)[98]
+    return {
+        "clients": CLIENTS,
+        "max_batch": MAX_BATCH,
+        "max_wait_ms": MAX_WAIT_MS,
+        "tokens": list(lengths),
+        "executor": opt.report.chosen.name,
+        "requests_per_s": {side: _rate(row) for side, row in times.items()},
+        "ratio": ratio(times["one"], times["session"]),
+        "latency_ms": {**quartiles(latencies), "p99": round(p99_ms, 2)},
+        "batch_ms": stats["batch_ms"],
+        "batch_rows": stats["batch_rows"],
+        "padding": stats["padding"],
+        "bound_ms": round(MAX_WAIT_MS + 3 * batch_ms, 2),
+        "remarks": stats["remarks"],
+    }
+
+
+def _requests(lengths: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw, made = random.Random(1), []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(_REQUESTS):
+        count = round(lengths[0] * (lengths[1] / lengths[0]) ** draw.random())
+        ids = torch.randint(1000, 30000, (1, count), generator=generator)
+        made.append((ids, torch.ones_like(ids)))
+    return made
+
+
+def _rate(times_ms: Sequence[float]) -> float:
+    return round(1e3 * _REQUESTS / statistics.median(times_ms), 2)
+
+
+def _closed_loop(session: Any, requests: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """All requests by so many clients; returns their latencies in milliseconds."""
+    waiting, latencies = iter(requests), []
+    lock = threading.Lock()
+
+    def client(name: int) -> None:
+        ask = session.client(str(name))
+        while True:
+            with lock:
+                request = next(waiting, None)
+            if request is None:
+                return
+            start = time.perf_counter()
+            ask(request[0], attention_mask=request[1])
+            latencies.append(1e3 * (time.perf_counter() - start))
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        list(threads.map(client, range(CLIENTS)))
+    return latencies
+
+
+# A storm
+
+
+class Doubled(torch.nn.Module):
+    """A model that costs nothing and tells whose answer it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the input; an index that is negative is an error."""
+        table = torch.arange(0, 2 * _STORM + 200, 2)
+        return torch.nn.functional.embedding(x, table[:, None])[..., 0]
+
+
+def storm() -> Row:
+    """Random requests of many threads, cancelled, late or failing; every answer is checked.
+
+    Raises:
+        AssertionError: a request is lost, answered twice, or has another's answer.
+    """
+    dims = {0: "batch", 1: "seq"}
+    example = torch.arange(12).view(3, 4)
+    opt = graphopt.optimize(
+        Doubled().eval(), (example,), dynamic={"x": dims}, executors=("eager",), effort="fast"
+    )
+    ends: Counter[str] = Counter()
+    marks = []
+    start = time.perf_counter()
+    with opt.session(max_batch=32, max_wait_ms=0.5, queue_size=256) as session:
+        for part in range(10):
+            numbers = range(part * _STORM // 10, (part + 1) * _STORM // 10)
+            with ThreadPoolExecutor(_STORM_THREADS) as threads:
+                work = partial(_ask_wildly, session, numbers)
+                for found in threads.map(work, range(_STORM_THREADS)):
+                    ends += found
+            gc.collect()
+            marks.append(_resident_bytes())
+        stats = session.stats()
+    took = time.perf_counter() - start
+    assert ends.total() == _STORM, f"{_STORM - ends.total()} requests were lost"
+    assert {kind: stats[kind] for kind in ends} == dict(ends), "the session counts otherwise"
+    return {
+        "requests": _STORM,
+        "ends": dict(ends),
+        "requests_per_s": round(_STORM / took),
+        "resident_mib": [round(mark / 2**20, 1) for mark in marks],
+        "batch_rows": stats["batch_rows"],
+    }
+
+
+def _ask_wildly(session: Any, numbers: range, worker: int) -> Counter[str]:
+    draw, asked = random.Random(numbers.start + worker), []
+    for number in numbers[worker::_STORM_THREADS]:
+        length = draw.randrange(1, 17)
+        x = number + torch.arange(length)[None]
+        bad = draw.random() < 0.01
+        hurry = draw.choice([None, None, None, 1.0])
+        client = session.client(f"client {worker}", priority=draw.randrange(3), deadline_ms=hurry)
+        asked.append((x, bad, client.submit(-1 - x if bad else x)))
+        if draw.random() < 0.1:
+            draw.choice(asked)[2].cancel()
+    return Counter(_end(*one) for one in asked)
+
+
+def _end(x: torch.Tensor, bad: bool, future: Any) -> str:
+    with suppress(BaseException):
+        future.exception(60)
+    assert future.done(), "a request was lost"
+    if future.cancelled():
+        return "cancelled"
+    error = future.exception()
+    if isinstance(error, DeadlineError):
+        return "expired"
+    if error is not None:
+        assert bad, f"a good request failed: {error!r}"
+        return "failed"
+    assert not bad and torch.equal(future.result(), 2 * x), "another's answer"
+    return "answered"
+
+
+def _resident_bytes() -> int:
+    with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        return int(file.read().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# The scheduler
+
+
+def steps() -> Row:
+    """A plan of many steps against the same programs called one after the other: microseconds a step."""
+    plan, x = _plan_of_steps()
+
+    def bare() -> torch.Tensor:
+        value = x
+        for step in plan.steps:
+            (value,) = step.program.run([value])
+        return value
+
+    sides = {"bare": bare, "scheduler": lambda: scheduler.run(plan, [x])}
+    times = interleave(sides, 20 * _ROUNDS, clock=_thread_clock)
+    pairs = zip(times["scheduler"], times["bare"], strict=True)
+    cost = [1e3 * (ours - theirs) / _STEPS for ours, theirs in pairs]
+    return {"steps": _STEPS, "overhead_us_a_step": quartiles(cost), "limit_us_a_step": 20}
+
+
+def _thread_clock(run: Callable[[], object]) -> float:
+    """Milliseconds that this thread computed: waiting for a core is not the scheduler's doing."""
+    start = time.thread_time()
+    run()
+    return 1e3 * (time.thread_time() - start)
+
+
+def _plan_of_steps() -> tuple[Any, torch.Tensor]:
+    """A plan that two executors share, node by node in turn."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    x = torch.randn(2, 8)
+    opt: OptimizedModel = graphopt.optimize(model.eval(), (x,), executors=("eager",), effort="fast")
+    (step,) = opt.plan.steps
+    (read,), (write,) = step.region.reads, step.region.writes
+    names = [read, *(f"{write}{index}" for index in range(_STEPS - 1)), write]
+    made = []
+    for index, (source, name) in enumerate(itertools.pairwise(names)):
+        region = dataclasses.replace(step.region, name=f"region{index}", reads=(source,), writes=(name,))
+        made.append(dataclasses.replace(step, region=region, frees=(source,)))
+    return dataclasses.replace(opt.plan, steps=tuple(made)), x
+
+
+CASES: dict[str, Case] = {
+    "MiniLM, queries of 4 to 12 tokens": partial(clients, (4, 12)),
+    "MiniLM, sentences of 8 to 48 tokens": partial(clients, (8, 48)),
+    "100,000 requests": storm,
+    "scheduler": steps,
+}
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """The rows, a table for each kind."""
+    shown = Table(
+        "case", "one by one", "session", "ratio", "p99 (ms)", "bound (ms)", title="requests a second"
+    )
+    others = Table("case", "what was found")
+    for row in rows:
+        if "bound_ms" in row:
+            rates, found = row["requests_per_s"], row["ratio"]
+            said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+            cells = (rates["one"], rates["session"], said, row["latency_ms"]["p99"], row["bound_ms"])
+            shown.add_row(row["case"], *map(str, cells))
+        elif "ends" in row:
+            memory = f"{row['resident_mib'][0]} MiB after a tenth, {row['resident_mib'][-1]} at the end"
+            others.add_row(row["case"], f"{row['ends']}; {memory}; {row['requests_per_s']} a second")
+        else:
+            others.add_row(row["case"], f"{row['overhead_us_a_step']['median']} µs a step")
+    return Group(*(one for one in (shown, others) if one.row_count))
