@@ -127,7 +127,7 @@ def optimize(
     outcome.rewrites[:0] = lossy
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
     assert chosen.best.plan is not None
-    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch, selection)
+    return OptimizedModel(captured, outcome.graph, chosen.best.plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:
