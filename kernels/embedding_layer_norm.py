@@ -234,7 +234,8 @@ def _embed_layer_norm(
 ) -> Any:
     """One node, of the ids and tables of words, positions and token types."""
     words, positions, types = (None if x is None else op.Cast(x, to=int(ir.DataType.INT32)) for x in ids)
-    if types is not None and ids[2].shape[0] != ids[0].shape[0]:
+    batches = {x.shape[0] for x in (ids[0], ids[2]) if x is not None}
+    if len(batches) > 1:
         types = op.Expand(types, op.Shape(words))  # which positions need not be
     like = tables[0]
     weight = lowering.ones_like_last_dim(like) if weight is None else weight

@@ -110,7 +110,7 @@ class _ModelFile:
     def nbytes(self) -> int:
         """Size of the model in one file."""
         head, parts = self._in_one
-        return len(head) + sum(len(part) + tensor.nbytes for part, tensor in parts)
+        return len(head) + sum(len(part) + int(tensor.nbytes) for part, tensor in parts)
 
     def write(self, path: Path) -> None:
         """Write the model in one file."""
@@ -198,6 +198,6 @@ def _chunks(tensor: Any) -> Iterator[memoryview]:
     if tensor.dtype.itemsize < 1:
         content: Any = memoryview(tensor.tobytes())
     else:
-        content = memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+        content = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
     for start in range(0, len(content), _CHUNK_BYTES):
         yield content[start : start + _CHUNK_BYTES]
