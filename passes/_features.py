@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import argument
+from graphopt.passes._moves import MOVES, Move
 
 aten = torch.ops.aten
 
@@ -114,7 +115,7 @@ def _rank(node: fx.Node) -> int:
     return int(node.meta["val"].dim())
 
 
-def _moved(change: Callable[[torch.Tensor, fx.Node, Callable[[int], int | None]], Any]) -> Any:
+def _moved(change: Move) -> Any:
     """The rule of an op that moves features: ``change`` does to indices what the op does to features."""
 
     def rule(followed: Followed, node: fx.Node) -> Any:
@@ -136,53 +137,6 @@ def _moved(change: Callable[[torch.Tensor, fx.Node, Callable[[int], int | None]]
         )
 
     return rule
-
-
-def _slice(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim = place(argument(node, "dim"))
-    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
-    fixed = all(number is None or isinstance(number, int) for number in (start, end))
-    return t[(slice(None),) * dim + (slice(start, end, step),)] if dim is not None and fixed else None
-
-
-def _select(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim, index = place(argument(node, "dim")), argument(node, "index")
-    return t.select(dim, index) if dim is not None and isinstance(index, int) else None
-
-
-def _split(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim = place(argument(node, "dim"))
-    return None if dim is None else torch.split(t, node.args[1], dim)  # type: ignore[arg-type]
-
-
-def _unbind(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim = place(argument(node, "dim"))
-    return None if dim is None else torch.unbind(t, dim)
-
-
-def _transpose(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    first, second = place(node.args[1]), place(node.args[2])
-    return t.transpose(first, second) if first is not None and second is not None else None
-
-
-def _roll(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    by, dims = argument(node, "shifts"), [place(dim) for dim in argument(node, "dims")]
-    return t.roll(by, dims) if dims and None not in dims else None
-
-
-def _flip(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dims = [place(dim) for dim in argument(node, "dims")]
-    return None if None in dims else t.flip(dims)
-
-
-def _unsqueeze(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim = place(argument(node, "dim"))
-    return None if dim is None else t.unsqueeze(dim)
-
-
-def _squeeze(t: torch.Tensor, node: fx.Node, place: Any) -> Any:
-    dim = place(argument(node, "dim"))
-    return t.squeeze(dim) if dim is not None and t.shape[dim] == 1 else None
 
 
 def _reshape(followed: Followed, node: fx.Node) -> Any:
@@ -377,18 +331,9 @@ def _as_real(followed: Followed, node: fx.Node) -> Any:
 _SUMS = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
 _RULES: dict[Any, Callable[[Followed, fx.Node], Any]] = {
-    aten.slice.Tensor: _moved(_slice),
+    **{target: _moved(change) for target, change in MOVES.items()},
     aten.index.Tensor: _taken,
     aten.index_select.default: _taken,
-    aten.select.int: _moved(_select),
-    aten.split.Tensor: _moved(_split),
-    aten.split_with_sizes.default: _moved(_split),
-    aten.unbind.int: _moved(_unbind),
-    aten.transpose.int: _moved(_transpose),
-    aten.roll.default: _moved(_roll),
-    aten.flip.default: _moved(_flip),
-    aten.unsqueeze.default: _moved(_unsqueeze),
-    aten.squeeze.dim: _moved(_squeeze),
     aten.reshape.default: _reshape,
     aten.to.dtype: _same,
     aten.type_as.default: _same,

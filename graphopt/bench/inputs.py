@@ -90,8 +90,8 @@ def real_only(found: Sequence[Any], reference: Reference, mask: torch.Tensor) ->
         The outputs, with the reference's values at padded positions.
     """
     return [
-        _without_padding(value, *wanted, mask.bool())
-        for value, *wanted in zip(found, reference.before, reference.float64, strict=True)
+        _without_padding(value, before, float64, mask.bool())
+        for value, before, float64 in zip(found, reference.before, reference.float64, strict=True)
     ]
 
 

@@ -180,7 +180,7 @@ class _Turns:
     """
 
     def __init__(self, runs: Mapping[str, Run], clock: Clock, tell: Tell, start: float, share: float) -> None:
-        self._keys = {id(run): key for key, run in reversed(runs.items())}  # graphopt's is there twice
+        self._keys = {id(run): key for key, run in reversed(list(runs.items()))}  # graphopt's is there twice
         self._took = dict.fromkeys(self._keys.values(), math.inf)
         self._clock, self._tell = clock, tell
         self._start, self._share, self._done = start, share, start

@@ -23,7 +23,8 @@ def _graphed(problem: Problem) -> Run:
     run = eager(problem.model, problem.args, problem.kwargs)
     for _ in range(3):  # what is allocated and tuned by first calls must not be captured
         run()
-    graph, (outputs,) = captured([run])
+    graph, results = captured([run])
+    outputs: list[torch.Tensor] = results[0]
 
     def replay() -> list[torch.Tensor]:
         graph.replay()

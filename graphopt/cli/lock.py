@@ -16,6 +16,7 @@ from graphopt.cli._progress import bar
 from graphopt.cli._work import work
 from graphopt.errors import InputError
 from graphopt.gate import lock as lockfile
+from graphopt.observe.files import require_folder
 from graphopt.observe.summary import ms, size
 
 
@@ -72,7 +73,8 @@ def lock(
         from graphopt.cli import _gate
         from graphopt.cli._subject import Config
 
-        entries = lockfile.read(lock) if lock.is_file() else {}
+        require_folder(lock.absolute().parent)  # before the work, not after it
+        entries = lockfile.read(lock) if lock.exists() else {}
         names = _names(specs, name, entries, lock, force)
         rows = []
         with work(debug), bar(quiet) as progress:

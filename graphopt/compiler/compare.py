@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,14 @@ def _compare_leaf(before: Any, after: Any, reference: Any, *, floor_ulps: float)
     # where float64 has no finite value, or none of this shape, there is only the original to compare with
     if reference.shape != before.shape:
         reference = before
-    reference = torch.where(torch.isfinite(reference), reference, before)
-    count = _disagreements(before, after, reference)
+    count, error_before, error_after = 0, 0.0, 0.0
+    for old, new, wide in _blocks(before, after, reference):
+        wide = torch.where(torch.isfinite(wide), wide, old)
+        count += _disagreements(old, new, wide)
+        error_before = max(error_before, relative_error(old, wide))
+        error_after = max(error_after, relative_error(new, wide, besides=old))
     if count:
         return _wrong(f"{count} values are finite on one side and not on the other")
-    error_before = relative_error(before, reference)
-    error_after = relative_error(after, reference, besides=before)
     most = limit(error_before, before.dtype, floor_ulps)
     if error_after <= most:
         return Comparison(error_before, error_after, True)
@@ -83,6 +85,15 @@ def _compare_leaf(before: Any, after: Any, reference: Any, *, floor_ulps: float)
 
 def _wrong(reason: str) -> Comparison:
     return Comparison(0.0, math.inf, False, reason)
+
+
+def _blocks(*sides: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape, some rows at a time: what is computed from them in float64 stays small."""
+    flat = [_rows(side).flatten(0, -2) for side in sides]
+    rows, width = flat[0].shape
+    step = max(1, _BLOCK // width)
+    for start in range(0, rows, step):
+        yield tuple(side[start : start + step] for side in flat)
 
 
 def _disagreements(before: torch.Tensor, after: torch.Tensor, reference: torch.Tensor) -> int:
@@ -133,12 +144,13 @@ def relative_error(
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
     """Dimensions merged from the last one on, until it holds enough values for one to be large."""
-    rows = values if values.dim() else values[None]
-    while rows.dim() > 1 and rows.shape[-1] < _MIN_ROW:
+    rows = values[None] if values.dim() > 1 else values.reshape(1, -1)
+    while rows.dim() > 2 and rows.shape[-1] < _MIN_ROW:
         rows = rows.flatten(-2)
     return rows
 
 
+_BLOCK = 2**18  # numbers: 2 MiB in float64
 _MIN_ROW = 16  # values of order 1 of which none is near 1: not once in a million rows
 _FILL = 0.25  # of the largest number of a dtype: what is larger is a mask's fill, not a value
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.gate import causes
 from graphopt.gate.causes import Facts, changed
-from graphopt.gate.facts import SYNCS
+from graphopt.gate.facts import SYNCS, pattern_of
 from graphopt.gate.finding import Finding, Status
 from graphopt.observe import summary
 
@@ -69,17 +69,27 @@ def _fusions(locked: Facts, now: Facts) -> Iterator[Finding]:
             continue
         message = f"{what} {did} {before} -> {after}"
         if after > before:
-            yield Finding("fusions", "improved", message, tuple(causes.around(locked, now, [name])))
+            better: Status = "improved" if _no_worse(locked, now) else "changed"
+            yield Finding("fusions", better, message, tuple(causes.around(locked, now, [name])))
             continue
         missed = causes.remarks(locked, now, name)
+        near = missed or _near_misses(locked, now)
         model, line = causes.in_the_model(locked, now)
-        because = (*map(causes.remark_words, missed), *model, *causes.around(locked, now, [name]))
-        ms = sum(row["ms"] for row in missed) or max(0.0, now["cost"]["ms"] - locked["cost"]["ms"])
-        source = missed[0]["source"] if missed else line
-        module = missed[0]["module"] if missed else ""
+        because = (*map(causes.remark_words, near), *model, *causes.around(locked, now, [name]))
+        ms = sum(row["ms"] for row in near) or max(0.0, now["cost"]["ms"] - locked["cost"]["ms"])
+        source = near[0]["source"] if near else line
+        module = near[0]["module"] if near else ""
         lost = not (_no_worse(locked, now) and not missed)
         cost = f"; costs {summary.ms(ms)} ms" if lost and ms else ""
         yield Finding("fusions", "failed" if lost else "changed", message + cost, because, source, module, ms)
+
+
+def _near_misses(locked: Facts, now: Facts) -> list[dict[str, Any]]:
+    """New remarks of any pass at the places that the model spells otherwise, for a pass that says nothing."""
+    modules = {row.name.rpartition(" ")[0] for row in causes.places(locked, now)}
+    passes = dict.fromkeys(row["pass"] for row in now["remarks"])
+    rows = [row for name in passes for row in causes.remarks(locked, now, name)]
+    return [row for row in rows if row["source"] and pattern_of(row["module"]) in modules]
 
 
 def _said(pass_name: str) -> tuple[str, str]:
@@ -127,15 +137,33 @@ def _regions(locked: Facts, now: Facts) -> Iterator[Finding]:
         f"{runner}: {then.get(runner, 0)} -> {here.get(runner, 0)} calls" for runner in {**then, **here}
     )
     slow, slow_now = _worst_calls(before["regions"]), _worst_calls(after["regions"])
+    kinds = {_rank(row) for side in (before, after) for row in side["regions"]}
+    if len(kinds) == 1:  # more or fewer calls are no other place to run: what they cost is counted elsewhere
+        slow = slow_now
     fell = slow_now > slow
     told = [
         row for stage in ("partition", "lower", "candidates") for row in causes.remarks(locked, now, stage)
     ]
     model, line = causes.in_the_model(locked, now)
-    because = (*map(causes.remark_words, told), *model, *causes.around(locked, now))
+    lost = _lost_providers(before["regions"], after["regions"], now["machine"].get("providers", ()))
+    because = (*lost, *map(causes.remark_words, told), *model, *causes.around(locked, now))
     what = "fell back: " if fell else ""
     status: Status = "failed" if fell else "improved" if slow_now < slow else "changed"
     yield Finding("regions", status, f"{what}{words}", because, told[0]["source"] if told else line)
+
+
+def _lost_providers(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], offered: Sequence[str]
+) -> Iterator[str]:
+    """Providers that an executor ran on and does not any more, and what ONNX Runtime says of them here."""
+    was, now = ({(row["executor"], row["provider"]) for row in side} for side in (before, after))
+    for executor, provider in sorted(was - now):
+        if executor not in {name for name, _ in now}:
+            continue  # it is not that it runs elsewhere: it does not run
+        why = f"this ONNX Runtime has only {causes.listed(offered)}"
+        if provider in offered:
+            why = "this ONNX Runtime has it, so a library or a driver that it needs does not load"
+        yield f"{executor} does not run on {provider} any more: {why}"
 
 
 def _by_runner(regions: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -340,7 +368,7 @@ def _remarks(locked: Facts, now: Facts) -> Iterator[Finding]:
             )
     for key, row in known.items():
         if key not in here:
-            yield Finding("remarks", "improved", f"gone: {causes.remark_words(row)}")
+            yield Finding("remarks", "changed", f"gone: {causes.remark_words(row)}")
 
 
 def _around(locked: Facts, now: Facts) -> Iterator[Finding]:

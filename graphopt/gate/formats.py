@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import quote
 
 from graphopt.gate.budgets import Budgets
 from graphopt.gate.causes import remark_words
@@ -95,7 +96,7 @@ def _sarif_row(model: str, finding: Finding, level: str, lock: str) -> dict[str,
         "level": level,
         "message": {"text": _text(model, finding)},
         "locations": [
-            {"physicalLocation": {"artifactLocation": {"uri": file}, "region": {"startLine": line}}}
+            {"physicalLocation": {"artifactLocation": {"uri": quote(file)}, "region": {"startLine": line}}}
         ],
         "partialFingerprints": {"graphopt/v1": _fingerprint(model, finding)},
     }

@@ -37,6 +37,7 @@ def table(results: Sequence[Result], console: Console, *, all_of_them: bool = Fa
     """Print the results, every finding with its causes below it."""
     for result in results:
         console.print(Text(headline(result), style=_VERDICT[result.verdict]))
+        said: set[str] = set()
         for finding in shown(result, all_of_them=all_of_them):
             place = " ".join(filter(None, (finding.source, finding.module)))
             console.print(
@@ -47,8 +48,10 @@ def table(results: Sequence[Result], console: Console, *, all_of_them: bool = Fa
                     (f"  {place}" if place else "", "dim"),
                 )
             )
-            for cause in finding.because:
+            fresh = [cause for cause in finding.because if cause not in said]
+            for cause in fresh or (["of the same as above"] if finding.because else []):
                 console.print(Text(f"{'':<30}because {cause}", style="dim"))
+            said |= set(fresh)
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -132,12 +132,13 @@ def allocated(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - held)
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         return None
     with _Allocations() as seen:
         kept = run()  # what is returned is still held at the end
     del kept
-    return seen.most
+    most: int = seen.most
+    return most
 
 
 class _Allocations(profiler_legacy.profile):
@@ -155,7 +156,7 @@ class _Allocations(profiler_legacy.profile):
         self.most = 0
 
     def __exit__(self, *_: object) -> None:
-        threads = torch.autograd._disable_profiler_legacy()
+        threads: Any = torch._C._autograd._disable_profiler_legacy()
         records = [record for thread in threads for record in thread]
         start = records[0]
         changes = [record for record in records if record.kind() == "memory_alloc"]

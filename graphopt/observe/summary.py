@@ -174,10 +174,11 @@ def error(value: float | None) -> str:
 def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What is said of memory before and after, in words: what, and both sizes."""
     before, after = memory["before"], memory["after"]
-    return [
-        (label, *(("-" if side[key] is None else size(side[key])) for side in (before, after)))
-        for key, label in _MEMORY.items()
-    ]
+    return [(label, _held(before[key]), _held(after[key])) for key, label in _MEMORY.items()]
+
+
+def _held(count: float | None) -> str:
+    return "-" if count is None else size(count)
 
 
 _MEMORY = {

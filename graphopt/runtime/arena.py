@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -81,7 +81,7 @@ def _out_form(target: torch._ops.OpOverload) -> Into | None:
             and others == wanted
             and torch.Tag.generated not in form.tags
         ):
-            return form
+            return cast(Into, form)
     return None
 
 

@@ -53,7 +53,7 @@ _CPU = {
     "eager": Speed(0.004, 0.002, slowdown=1.1, decomposed=2.0),
 }
 # Estimates for a GPU: the launch of a CUDA graph and of the two kernels that copy its inputs and outputs, and
-# a launch from Python; what counts is measured (see ``speed_of``).
+# a launch from Python; calls are measured where they can be (see ``speed_of``).
 _CUDA = {
     "cuda": Speed(0.02, 0.001, copies=True),
     "inductor": Speed(0.02, 0.001, copies=True),
@@ -76,7 +76,7 @@ def speed_of(executor: Executor, target: Target, *, measured: bool) -> Speed:
     known = table.get(executor.name, _UNKNOWN)
     if not measured or executor.name not in _QUICK:
         return known
-    found = _measured_call_ms(executor, target.device)
+    found = _measured_call_ms(executor, target.device)  # type: ignore[arg-type]  # executors are hashed by identity
     return known if found is None else replace(known, call_ms=found)
 
 

@@ -147,9 +147,9 @@ def cheapest(
         best = costs
         choices.append(came_from)
     found: dict[int, str] = {}
-    name = min(best, key=lambda key: best[key])
+    last = min(best, key=lambda key: best[key])
     for index, came_from in zip(reversed(order), reversed(choices), strict=True):
-        assert name is not None
-        found[index] = name
-        name = came_from[name]
+        assert last is not None
+        found[index] = last
+        last = came_from[last]
     return found

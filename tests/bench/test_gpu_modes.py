@@ -19,6 +19,7 @@ from graphopt.bench.peer import Problem
 from graphopt.bench.peers import PEERS
 from graphopt.bench.torch_peers import eager_modes, inductor_modes
 from graphopt.errors import LoweringError
+from graphopt.kernels import _replay
 from graphopt.observe import energy
 
 GPU = torch.device("cuda", 1)
@@ -54,7 +55,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: GPU.index)
+    monkeypatch.setattr(_replay, "own_stream", lambda device: object())
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return made
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import graphopt
+from bench import __main__ as command
 from bench import models
 from bench.suites import SUITES
 from graphopt.bench.peers import named
 from graphopt.bench.setting import Setting, command_of
 
-ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., tuple[Any, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``python -m bench`` in this process: its exit code, and what it said."""
+
+    def ran(*args: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bench", *args])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return ran
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -32,16 +46,15 @@ def test_cases_name_factories_and_sizes_that_exist(name: str) -> None:
         assert command_of(case, Setting()).startswith(f"graphopt bench {case.spec} --against ")
 
 
-def test_gpu_suites_say_what_they_need() -> None:
+def test_gpu_suites_say_what_they_need(run: Run) -> None:
     """Both at once, as a machine with a GPU would be asked."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, "-m", "bench", "encoders", "vision", "--dry"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    code, said, _ = run("encoders", "vision", "--dry")
+    assert code == 2
     for case in (*SUITES["encoders"].cases, *SUITES["vision"].cases):
-        assert f"left out: {case.name}: needs a CUDA GPU and a CUDA build of PyTorch" in done.stdout
-    assert done.stdout.count("nothing to measure here") == 2
+        assert f"left out: {case.name}: needs a CUDA GPU and a CUDA build of PyTorch" in said
+    assert said.count("nothing to measure here") == 2
 
 
 def test_scaling_changes_one_size_at_a_time() -> None:
@@ -70,10 +83,8 @@ def test_vision_models_are_of_the_sizes_that_they_say() -> None:
     assert image.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_an_unknown_suite_or_peer_is_refused() -> None:
+def test_an_unknown_suite_or_peer_is_refused(run: Run) -> None:
     for args, words in ((["cpus"], "invalid choice"), (["cpu", "--against", "egaer", "--dry"], "eager")):
-        command = [sys.executable, "-m", "bench", *args]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, complained = run(*args)
+        assert code == 2, complained
+        assert words in complained

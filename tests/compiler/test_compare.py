@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from graphopt.compiler import compare as module
 from graphopt.compiler.compare import Comparison, compare, relative_error
 from graphopt.compiler.tolerance import FACTOR, limit
 from tests._models import randn
@@ -146,3 +147,15 @@ def test_denormals_may_be_flushed_to_zero() -> None:
     assert before[0] > 0
     assert judge(before, torch.zeros(4)).ok
     assert not judge(before, torch.full((4,), 1e-30)).ok
+
+
+def test_large_tensors_are_compared_in_parts_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = torch.randn(7, 5, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, after = reference.float(), reference.float()
+    after[6, 4, 3] += 1e-3
+    whole = compare(before, after, reference, FLOOR)
+    monkeypatch.setattr(module, "_BLOCK", 40)  # a row at a time
+    assert compare(before, after, reference, FLOOR) == whole
+    assert not whole.ok and whole.error_after == relative_error(after, reference) > 1e-4
+    after[0, 0, 0], after[6, 4, 32] = INF, NAN
+    assert "2 values are finite on one side" in compare(before, after, reference, FLOOR).reason

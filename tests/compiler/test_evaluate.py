@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.capture.export import capture
+from graphopt.compiler import evaluate as evaluation
 from graphopt.compiler.compare import relative_error
 from graphopt.compiler.evaluate import Activations, evaluate, outputs
 from graphopt.ir.graph import Graph
@@ -41,6 +45,43 @@ def test_float64_goes_through_explicit_casts() -> None:
     narrow, _ = outputs(graph, [X])
     assert narrow.dtype == torch.float32
     assert relative_error(narrow, wanted) > 1e-6
+
+
+class Vocabulary(nn.Module):
+    """A table that is looked up, and a projection to as many numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(999, 16), nn.Linear(16, 999)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.table(ids)))
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest float64 tensor that a call makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.numel = max(self.numel, result.untyped_storage().nbytes() // 8)
+        return result
+
+
+def test_float64_widens_no_large_weight_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = Vocabulary().eval(), torch.tensor([[3, 998, 0]])
+    graph = capture(model, (ids,))
+    monkeypatch.setattr(evaluation, "_LARGE", 1000)  # 62 rows at a time, the last part shorter
+    with Largest() as largest:
+        (found,) = outputs(graph, [ids], float64=True)
+    assert largest.numel == found.numel() == 3 * 999
+    with torch.no_grad():
+        wanted = model.double()(ids)
+    assert relative_error(found, wanted) < 1e-15
 
 
 def test_nothing_is_run_that_is_not_needed() -> None:

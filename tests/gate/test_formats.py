@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from graphopt.gate import formats, render, saved
 from graphopt.gate.budgets import Budgets
@@ -108,6 +109,13 @@ def test_sarif_puts_findings_and_remarks_on_the_users_lines(project: Project, re
     assert [row for row in run["results"] if row["ruleId"] == "fusions" and row["level"] == "error"]
 
 
+def test_a_place_in_sarif_is_a_uri() -> None:
+    finding = Finding("fusions", "failed", "less", (), "my models/a b#1.py:3")
+    (run,) = json.loads(formats.sarif([result([finding])], "graphopt.lock"))["runs"]
+    (where,) = run["results"][0]["locations"]
+    assert where["physicalLocation"]["artifactLocation"]["uri"] == "my%20models/a%20b%231.py"
+
+
 def test_sarif_fingerprints_outlive_other_numbers() -> None:
     def prints(message: str) -> list[str]:
         rows = json.loads(formats.sarif([result([Finding("r", "failed", message)])], "l"))["runs"][0][
@@ -143,6 +151,24 @@ def test_markdown_escapes_what_would_be_markup() -> None:
     assert "m:x: regression (1 failed, 1 inconclusive, 1 improved, 1 skipped, 1 passed)" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert {line.count(" | ") for line in rows[2:]} == {3}
+
+
+def test_a_cause_that_several_findings_share_is_told_once() -> None:
+    findings = [
+        Finding("fusions", "failed", "less", ("the model changed", "x.py changed")),
+        Finding("cost-bytes", "failed", "more", ("x.py changed",)),
+        Finding("size", "failed", "more", ("weights grew", "x.py changed")),
+    ]
+    console = Console(width=100)
+    with console.capture() as captured:
+        render.table([result(findings)], console)
+    told = [line.strip() for line in captured.get().splitlines() if "because" in line]
+    assert told == [
+        "because the model changed",
+        "because x.py changed",
+        "because of the same as above",
+        "because weights grew",
+    ]
 
 
 def test_the_gravest_comes_first() -> None:

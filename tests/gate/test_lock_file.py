@@ -131,6 +131,19 @@ def test_binary_rubbish_is_said(project: Project) -> None:
     assert (done.exit_code, "cannot be read" in done.stderr) == (2, True)
 
 
+def test_a_place_that_cannot_be_a_lock_is_said_before_the_work(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.cli._gate.lock_entry", None)  # to call it would be a fault: exit code 4
+    project.lock.mkdir()
+    for args in (("check",), ("lock", "model:make"), ("lock", "model:make", "--force")):
+        done = project.run(*args)
+        assert (done.exit_code, "graphopt.lock cannot be read" in done.stderr) == (2, True), done.output
+    assert not list(project.lock.iterdir())
+    done = project.run("lock", "model:make", "--lock", "nowhere/graphopt.lock")
+    assert (done.exit_code, "nowhere does not exist" in done.stderr) == (2, True), done.output
+
+
 @pytest.mark.parametrize("pattern", ["model:mak", "other*"])
 def test_a_pattern_that_matches_no_model(locked: Project, pattern: str) -> None:
     done = locked.run("check", pattern)
@@ -152,6 +165,13 @@ def test_a_spec_that_fails_half_way_leaves_the_lock_alone(locked: Project) -> No
     for args in (("check",), ("check", "--update")):
         done = locked.run(*args)
         assert (done.exit_code, "half a file" in done.stderr) == (2, True)
+        assert locked.lock.read_text() == before
+    locked.edit(
+        "            x = layer(x)", "            x = layer(x)\n            raise ValueError('half a forward')"
+    )
+    for args in (("check",), ("check", "--update")):
+        done = locked.run(*args)
+        assert (done.exit_code, "half a forward" in done.stderr) == (2, True)
         assert locked.lock.read_text() == before
 
 
