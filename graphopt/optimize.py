@@ -130,7 +130,7 @@ def optimize(
         memory = memory_of(captured, plan, chosen.plan_of(BASELINE), inputs)
     outcome.rewrites[:0] = lossy
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss, memory)
-    return OptimizedModel(captured, plan, report, original, on_mismatch, selection)
+    return OptimizedModel(captured, outcome.graph, plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:

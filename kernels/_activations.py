@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import require
 
@@ -36,6 +37,19 @@ TORCH: dict[str, Function] = {
     "quick_gelu": lambda x, alpha: x * torch.sigmoid(alpha * x),
 }
 
+_HAS_QUICK_GELU: dict[Tuning, bool] = {"any": True, "portable": False}
+
+
+def _quick_gelu(x: Value, alpha: float) -> Any:
+    if spelled(_HAS_QUICK_GELU):
+        return emit("QuickGelu", x, alpha=alpha)
+    return op.Mul(x, op.Sigmoid(op.Mul(x, _number(alpha, x))))
+
+
+def _number(number: float, like: Value) -> Any:
+    return op.CastLike(op.Constant(value_float=number), like)
+
+
 ONNX: dict[str, Callable[[Any, float], Any]] = {
     "none": lambda x, _: x,
     "relu": lambda x, _: op.Relu(x),
@@ -52,7 +66,7 @@ ONNX: dict[str, Callable[[Any, float], Any]] = {
     "hardsigmoid": lambda x, _: op.HardSigmoid(x, alpha=1 / 6, beta=0.5),
     "gelu": lambda x, _: op.Gelu(x),
     "gelu_tanh": lambda x, _: op.Gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x, alpha: emit("QuickGelu", x, alpha=alpha),
+    "quick_gelu": _quick_gelu,
 }
 
 
@@ -64,7 +78,3 @@ def require_known(name: str, activation: str) -> None:
     """
     known = ", ".join(TORCH)
     require(activation in TORCH, f"{name}: activation is one of {known}, not {activation!r}")
-
-
-def _number(number: float, like: Value) -> Any:
-    return op.CastLike(op.Constant(value_float=number), like)

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._onnx import Value, emit, op
 
 
 def of_equal_sizes(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,10 +54,13 @@ def full_mask(mask: Value, query: Value, key: Value) -> Any:
     Every layer of a model emits the same nodes here, out of the mask alone wherever that is possible, so that
     common-subexpression elimination leaves one of them.
     """
-    assert mask.shape is not None
-    given, lengths = list(mask.shape), [query.shape[1], key.shape[1]]
-    if mask.dtype != ir.DataType.BOOL:
-        mask = _above_lowest(mask)
+    return _expanded_mask(mask if mask.dtype == ir.DataType.BOOL else _above_lowest(mask), mask, query, key)
+
+
+def _expanded_mask(mask: Value, like: Value, query: Value, key: Value) -> Any:
+    """A mask of another's shape, with a row a query and a column a key."""
+    assert like.shape is not None
+    given, lengths = list(like.shape), [query.shape[1], key.shape[1]]
     if given[-2:] == lengths:
         return mask
     extents = []
@@ -65,7 +68,7 @@ def full_mask(mask: Value, query: Value, key: Value) -> Any:
         if isinstance(length, int):
             extents.append(length)
         elif given and given[-1] == length:
-            extents.append(op.Shape(mask, start=-1))
+            extents.append(op.Shape(like, start=-1))
         else:
             extents.append(op.Shape(source, start=1, end=2))
     return op.Expand(mask, extents)
@@ -95,10 +98,71 @@ def additive_mask(mask: Value, query: Value, key: Value, is_causal: bool, fill: 
     added = op.Where(forbidden, low, nothing if mask.dtype == ir.DataType.BOOL else _above_lowest(mask))
     if math.isinf(fill):
         added = op.Where(op.Equal(op.ReduceMax(added, [-1], keepdims=1), low), nan, added)
-    if is_causal:  # which has a row a query and a column a key
-        return added
-    added.shape, added.dtype = mask.shape, dtype
-    return full_mask(added, query, key)
+    # causality has a row a query and a column a key
+    return added if is_causal else _expanded_mask(added, mask, query, key)
+
+
+def multi_head(
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    is_causal: bool,
+    scale: float | None,
+    fill: float | None,
+) -> Any:
+    """``com.microsoft``'s MultiHeadAttention, for as many key heads as query heads.
+
+    A mask becomes an addend, not a key padding mask: on CUDA only the kernel that writes out the scores reads
+    one of those, but for lengths, which no mask is known to be. The addend is finite, for its kernels give
+    NaN, or a mean of the values, where all is -inf; rows without a key are set to zero after them. Q, K and V
+    stay apart: packed, only TensorRT's kernels read them as they lie, and those end at compute capability
+    8.9.
+
+    Args:
+        query: (B, S, H, D).
+        key: (B, T, H, D).
+        value: (B, T, H, E).
+        mask: as for the op, or None.
+        is_causal: counted from the top left; without a mask S must be T.
+        scale: the factor before the softmax; None is 1 / sqrt(D).
+        fill: a finite number that swallows scores, or None for no weight at all.
+
+    Returns:
+        (B, S, H * E).
+    """
+    packed = [op.Reshape(x, [0, 0, -1]) for x in (query, key, value)]
+    attributes: dict[str, Any] = {"num_heads": query.shape[2], "scale": scale}
+    if mask is None:
+        return emit("MultiHeadAttention", *packed, unidirectional=1 if is_causal else None, **attributes)
+    empty = None
+    if fill is not None:
+        bias = additive_mask(mask, query, key, is_causal, fill)
+    else:
+        bias, empty = _finite_mask(mask, query, key, is_causal)
+    missing = list(range(4 - max(len(mask.shape), 2)))
+    bias = op.Unsqueeze(bias, missing) if missing else bias
+    out = emit("MultiHeadAttention", *packed, None, None, bias, **attributes)
+    if empty is None:
+        return out
+    empty = op.Unsqueeze(empty, missing) if missing else empty
+    rows = op.Transpose(empty, perm=[0, 2, 1, 3])
+    zero = op.Constant(value=ir.tensor([0.0], dtype=query.dtype))
+    apart = op.Where(rows, zero, op.Reshape(out, [0, 0, query.shape[2], -1]))
+    return op.Reshape(apart, [0, 0, -1])
+
+
+def _finite_mask(mask: Value, query: Value, key: Value, is_causal: bool) -> tuple[Any, Any]:
+    """A mask like ``additive_mask``'s that is finite, and which of its rows allow no key, (..., 1)."""
+    forbidden = _forbidden(mask, query, key, is_causal)
+    low, nothing = (
+        op.Constant(value=ir.tensor([number], dtype=query.dtype)) for number in (query.dtype.min / 2, 0.0)
+    )
+    bias = op.Where(forbidden, low, nothing if mask.dtype == ir.DataType.BOOL else mask)
+    if not is_causal:
+        bias = _expanded_mask(bias, mask, query, key)
+    counted = op.Cast(forbidden, to=int(ir.DataType.INT32))
+    return bias, op.Cast(op.ReduceMin(counted, [-1], keepdims=1), to=int(ir.DataType.BOOL))
 
 
 def _forbidden(mask: Value | None, query: Value, key: Value, is_causal: bool) -> Any:

@@ -15,7 +15,7 @@ import onnx.defs
 import onnx_ir as ir
 from onnxscript import opset23, values
 
-from graphopt.ir.tuning import tuning
+from graphopt.ir.tuning import Tuning, spelled
 
 # The first opset with Attention, RMSNormalization and RotaryEmbedding. ONNX Runtime 1.30 and 1.31 have
 # kernels for all three on the CPU. Untyped, because onnxscript's annotations know nothing of onnx_ir.
@@ -176,6 +176,10 @@ def rms_norm(x: Value, like: Value, weight: Value | None, eps: float) -> Any:
     return op.Cast(wide, to=int(like.dtype))
 
 
+# Whether a residual norm is one node. The CPU provider's fused kernels lose (see ``add_norm``).
+_FUSED_ADD_NORM: dict[Tuning, bool] = {"any": True, "cpu": False, "portable": False}
+
+
 def add_norm(
     fused: str, x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float
 ) -> tuple[Any, Any]:
@@ -198,16 +202,16 @@ def add_norm(
     Returns:
         The norm, of x's type, and the sum, both (..., D).
     """
-    if residual.dtype != x.dtype:
-        return _add_norm_in_float32(fused, x, residual, weight, bias, eps)
     rank = len(x.shape) if x.shape is not None else None
-    mixed = weight is not None and weight.dtype != x.dtype
+    one_type = residual.dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
     # the shapes that the fused nodes take
-    if tuning() == "any" and rank in (2, 3) and x.shape == residual.shape and not mixed:
+    if spelled(_FUSED_ADD_NORM) and one_type and rank in (2, 3) and x.shape == residual.shape:
         scale = ones_like_last_dim(x) if weight is None else weight
         kept = (True, False, False, True)
         normed, total = emit(fused, x, residual, scale, bias, outputs=kept, epsilon=eps)
         return normed, total
+    if residual.dtype != x.dtype:
+        return _add_norm_in_float32(fused, x, residual, weight, bias, eps)
     total = op.Sum(x, residual)
     if fused == "SkipLayerNormalization":
         return layer_norm(total, x, weight, bias, eps), total

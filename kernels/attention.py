@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
-from graphopt.kernels._attention_onnx import additive_mask, full_mask, written_out
+from graphopt.ir.tuning import Tuning, spelled
+from graphopt.kernels._attention_onnx import additive_mask, full_mask, multi_head, written_out
 from graphopt.kernels._attention_triton import attend, refuse_heads
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
@@ -212,6 +213,26 @@ def _refuses(
     return refuse_heads(query, key, value, mask)
 
 
+# Whether a call with as many key heads as query heads is MultiHeadAttention, or else Attention.
+_IS_MULTI_HEAD: dict[str, dict[Tuning, bool]] = {
+    "free": {"any": True, "portable": False},
+    "causal": {"any": False, "cuda": True},  # as many queries as keys: elsewhere they count from other ends
+    "masked": {"any": False, "cuda": True},
+}
+
+
+def _is_multi_head(
+    query: Value, key: Value, mask: Value | None, is_causal: bool, softcap: float | None, fill: float | None
+) -> bool:
+    if query.shape[2] != key.shape[2] or softcap is not None or fill == -math.inf:
+        return False
+    if mask is None and is_causal:
+        length = query.shape[1]
+        known = isinstance(length, int) or length.value is not None
+        return known and length == key.shape[1] and spelled(_IS_MULTI_HEAD["causal"])
+    return spelled(_IS_MULTI_HEAD["free" if mask is None else "masked"])
+
+
 def _onnx(
     query: Value,
     key: Value,
@@ -224,11 +245,14 @@ def _onnx(
 ) -> Any:
     """One node: MultiHeadAttention where it is the flash kernel, Attention for everything else.
 
-    With a mask Attention wins, 0.63 ms against 0.79 ms for MultiHeadAttention with a bias and 0.77 ms for
-    separate nodes at (1, 128, 12, 64), and only Attention gives zeros for empty rows: MultiHeadAttention
-    gives NaN where the bias is -inf. Without one MultiHeadAttention never writes the scores: 0.74 ms against
-    0.72 ms there, 38 ms against 46 ms at (1, 1024, 12, 64). Float32, ONNX Runtime 1.31, one thread of an
-    AVX-512 CPU.
+    On the CPU, with a mask Attention wins, 0.63 ms against 0.79 ms for MultiHeadAttention with a bias and
+    0.77 ms for separate nodes at (1, 128, 12, 64), and only Attention gives zeros for empty rows:
+    MultiHeadAttention gives NaN where the bias is -inf. Without one MultiHeadAttention never writes the
+    scores: 0.74 ms against 0.72 ms there, 38 ms against 46 ms at (1, 1024, 12, 64). Float32, ONNX Runtime
+    1.31, one thread of an AVX-512 CPU.
+
+    On CUDA the flash and memory-efficient kernels have been behind MultiHeadAttention for longer than behind
+    Attention, and take an additive mask and causality as well.
     """
     assert query.shape is not None
     assert key.shape is not None
@@ -241,26 +265,25 @@ def _onnx(
     if fill is not None and (fill > SWALLOWS or (narrow and fill > -math.inf)):
         factor = query.shape[3] ** -0.5 if scale is None else scale
         return written_out(query, key, value, mask, is_causal, factor, softcap, fill)
+    if _is_multi_head(query, key, mask, is_causal, softcap, fill):
+        out = multi_head(query, key, value, mask, is_causal, scale, fill)
+        return op.Reshape(out, [0, 0, heads, -1])
     if mask is not None and fill is not None:
         mask, is_causal = additive_mask(mask, query, key, is_causal, fill), False
     elif mask is not None:
         mask = full_mask(mask, query, key)
-    packed = [op.Reshape(x, [0, 0, -1]) for x in (query, key, value)]
-    if mask is None and not is_causal and heads == kv_heads and softcap is None:
-        out = emit("MultiHeadAttention", *packed, num_heads=heads, scale=scale)
-    else:
-        out = emit(
-            "Attention",
-            *packed,
-            mask,
-            domain="",
-            version=23,
-            q_num_heads=heads,
-            kv_num_heads=kv_heads,
-            is_causal=int(is_causal),
-            scale=scale,
-            softcap=softcap,
-        )
+    out = emit(
+        "Attention",
+        *(op.Reshape(x, [0, 0, -1]) for x in (query, key, value)),
+        mask,
+        domain="",
+        version=23,
+        q_num_heads=heads,
+        kv_num_heads=kv_heads,
+        is_causal=int(is_causal),
+        scale=scale,
+        softcap=softcap,
+    )
     return op.Reshape(out, [0, 0, heads, -1])
 
 

@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._attention_triton import attend_packed, refuse_heads
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
@@ -129,6 +131,10 @@ def _refuses(
     return refuse_heads(query, key, value)
 
 
+# Whether PackedMultiHeadAttention may be taken, which only the CUDA provider has.
+_PACKED: dict[Tuning, bool] = {"any": False, "cuda": True}
+
+
 def _onnx(
     query: Value,
     key: Value,
@@ -138,7 +144,57 @@ def _onnx(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Any:
-    """Attention under a mask of blocks: ONNX Runtime's PackedMultiHeadAttention is for CUDA alone."""
+    """PackedMultiHeadAttention where there is one and it can say it, else Attention under a mask of blocks.
+
+    It can in float16 with heads of a multiple of 8 features, which is what its memory-efficient kernel takes;
+    all others unpack the tokens, and read them from the first offset on as if that were 0.
+    """
+    (_, heads, features), kv_heads, value_features = query.shape, key.shape[1], value.shape[2]
+    aligned = all(isinstance(size, int) and size % 8 == 0 for size in (features, value_features))
+    fits = aligned and query.dtype == ir.DataType.FLOAT16 and heads == kv_heads and not is_causal
+    if fits and spelled(_PACKED):
+        return _packed_node(query, key, value, offsets, longest, scale)
+    return _block_mask(query, key, value, offsets, is_causal, scale)
+
+
+def _packed_node(
+    query: Value, key: Value, value: Value, offsets: Value, longest: Value, scale: float | None
+) -> Any:
+    heads, begin, end = query.shape[1], op.Slice(offsets, [0], [-1]), op.Slice(offsets, [1], [2**31 - 1])
+    flat = [op.Reshape(x, [0, -1]) for x in (query, key, value)]
+    places = _padded_places(op.Sub(end, begin), longest)
+    out = emit("PackedMultiHeadAttention", *flat, None, places, offsets, num_heads=heads, scale=scale)
+    at = op.Cast(op.Range(0, op.Squeeze(op.Shape(query, end=1)), 1), to=int(ir.DataType.INT32))
+    inside = op.And(
+        op.GreaterOrEqual(at, op.Slice(begin, [0], [1])), op.Less(at, op.Slice(end, [-1], [2**31 - 1]))
+    )
+    zero = op.Constant(value=ir.tensor([0.0], dtype=query.dtype))
+    return op.Where(op.Unsqueeze(inside, [1, 2]), op.Reshape(out, [0, heads, -1]), zero)
+
+
+def _padded_places(lengths: Value, longest: Value) -> Any:
+    """Where each token would lie in the padded batch, and behind them the places of the padding.
+
+    Args:
+        lengths: (B,), int32.
+        longest: S, a number.
+
+    Returns:
+        (B, S), int32.
+    """
+    width = op.Reshape(longest, [1])
+    count = op.Mul(op.Shape(lengths), width)
+    place = op.Reshape(op.Range(0, op.Squeeze(count), 1), op.Concat(op.Shape(lengths), width, axis=0))
+    position = op.Cast(op.Mod(place, width), to=int(ir.DataType.INT32))
+    padding = op.GreaterOrEqual(position, op.Unsqueeze(lengths, [1]))
+    order = op.Reshape(op.Where(padding, op.Add(place, count), place), [-1])
+    ascending, _ = op.TopK(order, count, largest=0, sorted=1)
+    return op.Cast(op.Reshape(op.Mod(ascending, count), op.Shape(place)), to=int(ir.DataType.INT32))
+
+
+def _block_mask(
+    query: Value, key: Value, value: Value, offsets: Value, is_causal: bool, scale: float | None
+) -> Any:
     tokens = op.Squeeze(op.Shape(query, start=0, end=1))
     at = op.Range(op.Constant(value_int=0), tokens, op.Constant(value_int=1))
     behind = op.GreaterOrEqual(op.Unsqueeze(at, [1]), op.Unsqueeze(op.Cast(offsets, to=7), [0]))

@@ -16,7 +16,8 @@ import torch
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels import pointwise
-from graphopt.kernels._onnx import Value, emit
+from graphopt.kernels._activations import ONNX
+from graphopt.kernels._onnx import Value
 from graphopt.kernels._shape import nbytes, require_floating
 
 SCHEMA = "(Tensor x, float alpha=1.702) -> Tensor"
@@ -53,7 +54,7 @@ TRITON = pointwise.unary(lambda x, alpha=1.702: f"quick_gelu(%0, {alpha})")
 
 def _onnx(x: Value, alpha: float = 1.702) -> Any:
     """The node that ONNX Runtime itself makes of the two products and the sigmoid."""
-    return emit("QuickGelu", x, alpha=alpha)
+    return ONNX["quick_gelu"](x, alpha)
 
 
 def _samples() -> Iterator[Sample]:

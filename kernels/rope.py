@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._shape import nbytes, require, require_floating, require_weight, shape_of
@@ -176,6 +177,10 @@ def _refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved:
     return refuse(x, cos, sin)
 
 
+# Whether a table that serves a whole batch goes to com.microsoft's RotaryEmbedding, which takes it as it is.
+_ONE_TABLE: dict[Tuning, bool] = {"any": True, "portable": False}
+
+
 def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:
     """RotaryEmbedding on packed heads: ONNX's, or ``com.microsoft``'s where one table serves a whole batch.
 
@@ -201,10 +206,13 @@ def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:
         interleaved=int(interleaved),
         rotary_embedding_dim=None if 2 * pairs == features else 2 * pairs,
     )
-    if cos.shape[0] == batch:
-        out = turn(cos, sin, domain="", version=23)
-    else:
+    if cos.shape[0] != batch and spelled(_ONE_TABLE):
         out = turn(op.Constant(value_ints=[0]), op.Squeeze(cos, [0]), op.Squeeze(sin, [0]))
+    else:
+        if cos.shape[0] != batch:
+            sizes = op.Concat(op.Shape(x, end=1), op.Shape(cos, start=1), axis=0)
+            cos, sin = (op.Expand(table, sizes) for table in (cos, sin))
+        out = turn(cos, sin, domain="", version=23)
     out = op.Reshape(out, [0, 0, heads, -1])
     return out if cos.dtype == kind else op.Cast(out, to=int(kind))
 

@@ -88,7 +88,7 @@ def _unknown(name: str, known: list[str]) -> InputError:
     return InputError(f"the model has no output {name!r}", where="outputs", hint=hint)
 
 
-def _children(spec: pytree.TreeSpec) -> Iterator[tuple[str, pytree.TreeSpec]]:
+def children(spec: pytree.TreeSpec) -> Iterator[tuple[str, pytree.TreeSpec]]:
     """The parts of a container with their names: keys, field names, or positions."""
     children = spec.children()
     names = getattr(spec.context, "_fields", spec.context)  # of a named tuple the context is its type
@@ -102,7 +102,7 @@ def _children(spec: pytree.TreeSpec) -> Iterator[tuple[str, pytree.TreeSpec]]:
 def _paths(spec: pytree.TreeSpec, path: _Path = ()) -> Iterator[_Path]:
     yield path
     if not spec.is_leaf():
-        for name, child in _children(spec):
+        for name, child in children(spec):
             yield from _paths(child, (*path, name))
 
 
@@ -121,7 +121,7 @@ def _prune(
     pairs: list[tuple[Any, _Way]] = []
     specs = []
     rest = iter(own)
-    for name, child in _children(spec):
+    for name, child in children(spec):
         found, kept = _prune(child, rest, ways, (*path, name))
         pairs += found
         specs.append(kept)

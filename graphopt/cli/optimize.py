@@ -15,6 +15,7 @@ from graphopt.cli._errors import told
 from graphopt.cli._progress import bar
 from graphopt.cli._work import work
 from graphopt.errors import InputError
+from graphopt.observe.files import require_place
 
 if TYPE_CHECKING:
     from graphopt.cli import _folder, _spec
@@ -38,6 +39,13 @@ def optimize(
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace DIR, if graphopt wrote it and it holds nothing else.")
+    ] = False,
+    export_onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Write the whole model as ONNX here."),
+    ] = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Write it in ONNX's own operators only, for any runtime.")
     ] = False,
     target: _options.Target = "auto",
     executors: _options.Executors = None,
@@ -68,6 +76,9 @@ def optimize(
     anywhere), report.json, plan.txt, an ONNX model for every part that runs on ONNX Runtime, and
     manifest.json. DIR appears when everything is in it, or not at all.
 
+    With **--export-onnx FILE** the whole rewritten model is one ONNX model that plain ONNX Runtime runs, with
+    the names of the original's inputs and outputs.
+
     A factory is code and runs, and a .pt2 file may hold pickled values: name only what you trust. Nothing is
     ever downloaded.
 
@@ -84,6 +95,7 @@ def optimize(
         from graphopt.optimize import optimize as run
 
         folder = _folder.Folder(output, force) if output is not None else None
+        _require_place(export_onnx, portable)
         names, dims = _options.executors(executors), _options.dynamic(dynamic)
         passes = _config.passes(level, enable, disable)
         with work(debug), bar(quiet) as progress:
@@ -112,11 +124,29 @@ def optimize(
             if folder is not None:
                 progress("write", 0.95)
                 folder.write(lambda place: _folder.fill(place, optimized, loaded, spec))
-        _print(optimized, loaded, folder, json=json, quiet=quiet)
+            if export_onnx is not None:
+                optimized.export_onnx(export_onnx, portable)
+        _print(optimized, loaded, folder, export_onnx, json=json, quiet=quiet)
+
+
+def _require_place(export_onnx: Path | None, portable: bool) -> None:
+    """Look at the place of the ONNX model before the work begins."""
+    if export_onnx is not None:
+        require_place(export_onnx, "model.onnx")
+    elif portable:
+        raise InputError(
+            "--portable says how to write an ONNX model, and none is written", hint="--export-onnx"
+        )
 
 
 def _print(
-    optimized: OptimizedModel, loaded: _spec.Loaded, folder: _folder.Folder | None, *, json: bool, quiet: bool
+    optimized: OptimizedModel,
+    loaded: _spec.Loaded,
+    folder: _folder.Folder | None,
+    export_onnx: Path | None,
+    *,
+    json: bool,
+    quiet: bool,
 ) -> None:
     if json:
         typer.echo(optimized.report.dumps(), nl=False)
@@ -132,6 +162,8 @@ def _print(
             f"wrote {folder.path}",
             *(f"  {line}" for line in _folder.where_regions_run(optimized.plan)),
         ]
+    if export_onnx is not None:
+        notes.append(f"wrote {export_onnx}")
     console = Console(stderr=json, soft_wrap=True)
     for note in notes:
         console.print(Text(note))

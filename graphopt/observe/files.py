@@ -21,10 +21,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         OutputError: the folder is missing or cannot be written to, or the path is a folder.
     """
-    place = Path(path).resolve()
-    require_folder(place.parent)
-    if place.is_dir():
-        raise OutputError(f"{path} is a folder, not a file", hint=f"name a file in it: {place / 'report'}")
+    place = require_place(path, "report")
     special = place.exists() and not place.is_file()
     draft = place if special else place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -36,6 +33,23 @@ def write_text(path: str | Path, text: str) -> None:
     finally:
         if not special:
             draft.unlink(missing_ok=True)
+
+
+def require_place(path: str | Path, example: str) -> Path:
+    """Refuse a place for a file that cannot be one; returns where it is, links followed.
+
+    Args:
+        path: of the file.
+        example: a name that such a file may have.
+
+    Raises:
+        OutputError: the folder is missing, or the path is a folder.
+    """
+    place = Path(path).resolve()
+    require_folder(place.parent)
+    if place.is_dir():
+        raise OutputError(f"{path} is a folder, not a file", hint=f"name a file in it: {place / example}")
+    return place
 
 
 def require_folder(folder: Path) -> None:

@@ -228,3 +228,27 @@ def test_help_says_what_matters(run: Run) -> None:
         assert said in command
     assert run("--version").stdout.startswith("graphopt 0.")
     assert run().exit_code == 2
+
+
+def test_the_whole_model_is_written_as_onnx(workspace: Path, run: Run) -> None:
+    fast = ("--executors", "eager", "--effort", "fast")
+    done = run("optimize", "zoo:block", "--export-onnx", "block.onnx", "--portable", *fast)
+    assert done.exit_code == 0, done.output
+    assert "wrote block.onnx" in done.output
+    onnx.checker.check_model(workspace / "block.onnx", full_check=True)
+    model = onnx.load(workspace / "block.onnx")
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["x", "output"]
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_a_place_for_the_model_is_looked_at_first(workspace: Path, run: Run) -> None:
+    before = names(workspace)
+    for arguments, message in (
+        (("--portable",), "none is written"),
+        (("--export-onnx", "."), "is a folder"),
+        (("--export-onnx", "missing/block.onnx"), "does not exist"),
+    ):
+        done = run("optimize", "zoo:raises", *arguments)
+        assert done.exit_code == 2
+        assert message in done.output
+    assert names(workspace) == before

@@ -180,11 +180,13 @@ class Exported:
         calls: the samples, as they were run.
         results: ONNX Runtime's outputs of every sample.
         nodes: the operators that every sample's outputs depend on.
+        domains: of all nodes.
     """
 
     calls: list[Sample]
     results: list[list[torch.Tensor]]
     nodes: list[list[str]]
+    domains: set[str]
 
 
 def auto_dims(name: str, x: torch.Tensor) -> dict[int, Any]:
@@ -263,6 +265,7 @@ def exported(name: str, tuning: Any, dynamic: bool, dtype: torch.dtype) -> Expor
         calls,
         [[next(results) for _ in range(n)] for n in per_call],
         [operators(model, [next(names_left) for _ in range(n)]) for n in per_call],
+        {node.domain for node in (*model.graph.node, *(n for f in model.functions for n in f.node))},
     )
 
 
@@ -270,6 +273,8 @@ VARIANTS = [
     pytest.param("any", True, torch.float32, id="dynamic"),
     pytest.param("cpu", False, torch.float32, id="static, tuned for the CPU"),
     pytest.param("any", False, torch.float16, id="float16"),
+    pytest.param("cuda", False, torch.float32, id="static, tuned for CUDA"),
+    pytest.param("portable", True, torch.float32, id="portable"),
 ]
 
 
@@ -286,11 +291,27 @@ def test_onnx_runtime_agrees(op: Op, sample: Sample, tuning: str, dynamic: bool,
     assert_right(op, run.calls[i], run.results[i])
 
 
-NORM = {"any": "SkipLayerNormalization", "cpu": "LayerNormalization"}
-RMS = {"any": "SkipSimplifiedLayerNormalization", "cpu": "RMSNormalization"}
+NORM = {
+    "any": "SkipLayerNormalization",
+    "cpu": "LayerNormalization",
+    "cuda": "SkipLayerNormalization",
+    "portable": "LayerNormalization",
+}
+RMS = {
+    "any": "SkipSimplifiedLayerNormalization",
+    "cpu": "RMSNormalization",
+    "cuda": "SkipSimplifiedLayerNormalization",
+    "portable": "RMSNormalization",
+}
+MULTI = {
+    "any": "MultiHeadAttention",
+    "cpu": "MultiHeadAttention",
+    "cuda": "MultiHeadAttention",
+    "portable": "Attention",
+}
 MAIN_NODES = [
-    ("attention", "no mask", "MultiHeadAttention"),
-    ("attention", "key padding", "Attention"),
+    ("attention", "no mask", MULTI),
+    ("attention", "key padding", {**dict.fromkeys(MULTI, "Attention"), "cuda": "MultiHeadAttention"}),
     ("attention", "grouped heads, causal", "Attention"),
     ("add_layer_norm", "weight and bias", NORM),
     ("add_layer_norm", "four dimensions", "LayerNormalization"),
@@ -298,8 +319,8 @@ MAIN_NODES = [
     ("rms_norm", "weight", "RMSNormalization"),
     ("rope", "halves", "RotaryEmbedding"),
     ("rope", "interleaved, partial, a table a sequence", "RotaryEmbedding"),
-    ("linear_activation", "gelu", "BiasGelu"),
-    ("linear_activation", "gelu_tanh", "Gelu"),
+    ("linear_activation", "gelu", {**dict.fromkeys(MULTI, "BiasGelu"), "portable": "Gelu"}),
+    ("linear_activation", "gelu_tanh", {**dict.fromkeys(MULTI, "Gelu"), "cuda": "FastGelu"}),
     ("linear_add_layer_norm", "all vectors", NORM),
     ("linear_cross_entropy", "no reduction", "Gemm"),
     ("conv_activation", "relu", "Conv"),
@@ -308,22 +329,31 @@ MAIN_NODES = [
     ("masked_mean_pool", "token mask", "MatMul"),
     ("packed_attention", "three sequences", "Attention"),
     ("pointwise", "a gate", "Sigmoid"),
-    ("embedding_layer_norm", "BERT", "LayerNormalization"),
+    (
+        "embedding_layer_norm",
+        "BERT",
+        {**dict.fromkeys(MULTI, "LayerNormalization"), "cuda": "EmbedLayerNormalization"},
+    ),
     ("gated_mlp", "gelu", "Gelu"),
     ("grouped_gated_mlp", "rows of each expert", "MatMul"),
     ("layer_norm_add", "weight and bias", "LayerNormalization"),
     ("rms_norm_add", "weight", "RMSNormalization"),
-    ("sandwich_rms_norm", "both weights", {"any": "SkipSimplifiedLayerNormalization", "cpu": "Sum"}),
-    ("quick_gelu", "CLIP", "QuickGelu"),
+    ("sandwich_rms_norm", "both weights", {**RMS, "cpu": "Sum", "portable": "Sum"}),
+    ("quick_gelu", "CLIP", {**dict.fromkeys(MULTI, "QuickGelu"), "portable": "Sigmoid"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "label", "node"), MAIN_NODES)
-@pytest.mark.parametrize("tuning", ["any", "cpu"])
+@pytest.mark.parametrize("tuning", ["any", "cpu", "cuda", "portable"])
 def test_onnx_has_the_intended_node(name: str, label: str, node: Any, tuning: str) -> None:
-    run = exported(name, tuning, tuning == "any", torch.float32)
+    run = exported(name, tuning, tuning in ("any", "portable"), torch.float32)
     (nodes,) = (found for call, found in zip(run.calls, run.nodes, strict=True) if call.label == label)
     assert nodes.count(node if isinstance(node, str) else node[tuning]) == 1
+
+
+@pytest.mark.parametrize("op", KERNEL_OPS, ids=lambda op: op.name)
+def test_portable_nodes_are_onnxs_own(op: Op) -> None:
+    assert exported(op.name, "portable", True, torch.float32).domains == {""}
 
 
 def test_every_op_has_an_intended_node() -> None:
