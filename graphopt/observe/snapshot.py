@@ -47,6 +47,11 @@ def memory_of(captured: Graph, rewritten: Graph) -> dict[str, int]:
     }
 
 
+def constant_bytes(graph: Graph) -> int:
+    """Bytes of all that a graph holds."""
+    return _bytes([c.tensor for c in graph.constants.values()])
+
+
 def _bytes(tensors: list[torch.Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
