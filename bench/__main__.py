@@ -7,19 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, gate, kernels
+from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
-from graphopt.bench.case import Case, Setting
 from graphopt.bench.page import write_page
 from graphopt.bench.rows import line, read_all, require_appendable
+from graphopt.bench.setting import LIMIT, Case, Setting
 from graphopt.cli._errors import told
 from graphopt.cli.bench import run_cases
 from graphopt.observe.files import write_text
@@ -34,8 +35,8 @@ def main() -> None:
     if given.suite in PAGES:
         PAGES[given.suite]()
         return
-    if given.suite == "time":
-        _time(given)
+    if given.suite in ("time", "crossings"):
+        _tabled(given)
         return
     if given.suite == "kernels":
         against = (given.against or "eager,inductor").split(",")
@@ -53,16 +54,19 @@ def _catalogue() -> None:
     catalogue.update_page([catalogue.measure(*case) for case in every])
 
 
-def _time(given: argparse.Namespace) -> None:
+def _tabled(given: argparse.Namespace) -> None:
+    """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
-    layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
-    rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
-    Console().print(compile_time.table(rows))
+    suite: Any = {"time": compile_time, "crossings": crossings}[given.suite]
+    cases = {case: size for case, size in suite.CASES.items() if given.only in case}
+    rows = [suite.measure(case, size, threads) for case, size in cases.items()]
+    Console().print(suite.table(rows))
     if given.dry:
         return
-    path, command = RESULTS / "time.jsonl", f"python -m bench time --threads {threads}"
+    path = RESULTS / f"{given.suite}.jsonl"
+    command = f"python -m bench {given.suite} --threads {threads}"
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["case"] not in layers]
+    kept = [row for row in old if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
 
@@ -78,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "suite",
-        choices=[*SUITES, "kernels", "time", *PAGES],
+        choices=[*SUITES, "kernels", "time", "crossings", *PAGES],
         help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        " crossings: what it costs that executors share a model; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="of a side's build or call; 0 for none")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
@@ -97,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(given: argparse.Namespace) -> int:
     suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
     setting = Setting(
-        tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
+        tuple(peers.named(given.against or suite.against)),
+        given.rounds,
+        given.seconds,
+        given.threads,
+        given.limit or None,
     )
     cases = [case for case in _runnable(suite.cases) if given.only in case.name]
     if not cases:

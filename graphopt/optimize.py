@@ -23,8 +23,9 @@ from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import InputError, TargetError
 from graphopt.ir.graph import Graph
-from graphopt.observe.report import Candidate, Report
-from graphopt.observe.snapshot import constant_bytes, memory_of, snapshot, versions
+from graphopt.observe.memory import memory_of
+from graphopt.observe.report import BASELINE, Candidate, Report
+from graphopt.observe.snapshot import snapshot, versions
 from graphopt.optimized_model import OnMismatch, OptimizedModel
 from graphopt.passes.default import pipeline
 from graphopt.precision import default_max_loss, narrowed, require_possible
@@ -135,15 +136,16 @@ def optimize(
         chosen = choose(
             candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=graphed
         )
+        plan = chosen.best.plan
+        assert plan is not None
+        memory = memory_of(captured, plan, chosen.plan_of(BASELINE), inputs)
     outcome.rewrites[:0] = lossy
     if narrow is not None:
         loss = narrow.settle(chosen.best, outcome, loss, remarks)
-    report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
+    report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss, memory)
     if narrow is not None and narrow.runs(chosen.best):
         report.precision = narrow.name
-        report.memory["narrowed"] = constant_bytes(narrow.graph)
-    assert chosen.best.plan is not None
-    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch, selection)
+    return OptimizedModel(captured, plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:
@@ -220,6 +222,7 @@ def _report(
     clock: _Clock,
     ops_before: dict[str, int],
     loss: float | None,
+    memory: dict[str, Any],
 ) -> Report:
     best = chosen.best
     assert best.plan is not None
@@ -232,7 +235,7 @@ def _report(
         candidates=[_row(candidate) for candidate in chosen.candidates],
         plan=best.plan.rows(),
         node_times=best.node_times,
-        memory=memory_of(captured, outcome.graph),
+        memory=memory,
         versions=versions(),
         seconds=clock.seconds,
         graph_before=snapshot(captured),

@@ -147,16 +147,14 @@ def _embedding_layer_norm_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HAS_TYPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
-    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    weight = vector(weight_ptr, column, D, 1.0)
+    bias = vector(bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
     total = _embedded(words, row, column, seen, rows, length)
     if HAS_TYPES:
@@ -189,23 +187,18 @@ def _launch(
     rows, length, features = input_ids.numel(), input_ids.shape[1], word_table.shape[1]
     out = word_table.new_empty((*input_ids.shape, features))
     pairs = [(input_ids, word_table), (token_type_ids, token_type_table), (position_ids, position_table)]
-    given = {
-        "HAS_TYPES": token_type_ids is not None,
-        "HAS_POSITIONS": position_ids is not None,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-    }
+    given = {"HAS_TYPES": token_type_ids is not None, "HAS_POSITIONS": position_ids is not None}
     words, types, positions = (
         _looked_up(input_ids, word_table) if ids is None or table is None else _looked_up(ids, table)
         for ids, table in pairs
     )
-    weight_D, bias_D = (word_table if v is None else v.contiguous() for v in (weight, bias))
-    key = (rows, length, features, word_table.dtype, *given.values())
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
+    key = (rows, length, features, word_table.dtype, *given.values(), *(v is not None for v in vectors))
     configs = row_configs(rows, features, word_table.device)
     config = choose(_embedding_layer_norm_kernel, word_table.device, key, configs)
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, words, types, positions, weight_D, bias_D, rows, length, eps)
-    launch(_embedding_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    args = (out, words, types, positions, *vectors, rows, length, eps)
+    launch(_embedding_layer_norm_kernel, grid, *args, early=vectors, D=features, **given, **config.options)
     return out
 
 

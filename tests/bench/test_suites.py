@@ -13,8 +13,8 @@ import torch
 import graphopt
 from bench import models
 from bench.suites import SUITES
-from graphopt.bench.case import Setting, command_of
 from graphopt.bench.peers import named
+from graphopt.bench.setting import Setting, command_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

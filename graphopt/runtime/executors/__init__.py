@@ -1,4 +1,4 @@
-"""One file an executor; all of them follow the protocol in ``_protocol.py``."""
+"""One file an executor, or one folder; all of them follow the protocol in ``_protocol.py``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from graphopt.runtime.executors.cuda import Cuda
 from graphopt.runtime.executors.eager import Eager
 from graphopt.runtime.executors.inductor import Inductor
 from graphopt.runtime.executors.onednn import Onednn
-from graphopt.runtime.executors.ort import Ort
+from graphopt.runtime.executors.ort import OpenVino, Ort
+from graphopt.runtime.target import Target
 
 EXECUTORS: dict[str, Executor] = {
-    executor.name: executor for executor in (Ort(), Cuda(), Inductor(), Onednn(), Eager())
+    executor.name: executor for executor in (Ort(), OpenVino(), Cuda(), Inductor(), Onednn(), Eager())
 }
 
-__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program"]
+
+def absent(executor: Executor, target: Target) -> str | None:
+    """Why an executor cannot run on a target at all; None when it can, or when only its nodes will tell."""
+    return executor.absent(target) if isinstance(executor, Ort) else None
+
+
+__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent"]
