@@ -44,6 +44,9 @@ PRECISIONS: dict[str, Precision] = {
     "int8": Precision("quantize_linear_int8", 0.04),
 }
 EXACT, _GPUS_ONLY = "exact", ("fp8",)
+# The share of the budget that the search for layers uses up: executors round in other places, and of a search
+# that went up to 0.0449 of 0.045 on the trained MiniLM they made 0.0451 and 0.0456, and were dropped.
+_MARGIN = 0.9
 # Exact, and run again behind the casts: neighbours in the same type cast there and back in between.
 _BEHIND = ("merge_casts", "remove_noops", "merge_common_subexpressions", "merge_casts", "remove_dead_code")
 
@@ -201,7 +204,7 @@ def narrowed(
         graph: the graph after all other passes; it stays as it is.
         passes: all that run; those of the kind ``cast`` are taken.
         name: of the precision.
-        budget: what may be lost, against the captured model.
+        budget: what may be lost, against the captured model; a tenth is left for what executors round.
         inputs: example inputs: flat tensors.
         captured: the model as captured.
         target: where it will run.
@@ -213,7 +216,8 @@ def narrowed(
     if target.device.type == "cpu":
         found = f"the processor's instructions for narrow numbers: {cpu.features()}"
         remarks.add("analysis", "precision", None, found)
-    outcome, loss = LossyManager(casts, remarks, budget, target.limits).run(copy, inputs, original)
+    within = Budget(_MARGIN * budget.max_loss, budget.metric)
+    outcome, loss = LossyManager(casts, remarks, within, target.limits).run(copy, inputs, original)
     if outcome.kept:
         tidied = PassManager([find(rule) for rule in _BEHIND], Remarks(), target.limits).run(copy, inputs)
         outcome.rewrites += tidied.rewrites

@@ -103,7 +103,7 @@ def test_a_sensitive_layer_stays_in_float32() -> None:
     assert found.report.rewrites_by_pass()["quantize_linear_int8"] == 1
     (reason,) = reasons(found.report, "quantize_linear_int8")
     assert reason.startswith("kept as it was: alone it loses 0.")
-    assert "above the 0.02 allowed" in reason
+    assert "above the 0.018 allowed" in reason  # a tenth is left for what executors round
     (row,) = (row for row in found.report.remarks if row.reason == reason)
     assert row.ms > 0
     assert row.module == "down"
