@@ -1,4 +1,4 @@
-"""``python -m bench SUITE``: measure a suite and record its rows under ``bench/results``."""
+"""``python -m bench SUITE...``: measure suites and record their rows under ``bench/results``."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ def main() -> None:
         gate.main(sys.argv[2:])
         return
     given = _parser().parse_args()
-    if given.suite in PAGES:
-        PAGES[given.suite]()
-        return
-    if given.suite in ("time", "crossings"):
-        _tabled(given)
-        return
-    if given.suite == "kernels":
-        against = (given.against or "eager,inductor").split(",")
-        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
-        return
     try:
         with told(debug=given.debug):
-            raise typer.Exit(_measure(given))
+            raise typer.Exit(max([_run(name, given) for name in given.suites]))
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
+
+
+def _run(name: str, given: argparse.Namespace) -> int:
+    """What one name on the command line asks for; returns its exit code."""
+    if name in PAGES:
+        PAGES[name]()
+    elif name in ("time", "crossings"):
+        _tabled(name, given)
+    elif name == "kernels":
+        against = (given.against or "eager,inductor").split(",")
+        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
+    else:
+        return _measure(name, given)
+    return 0
 
 
 def _catalogue() -> None:
@@ -54,17 +58,17 @@ def _catalogue() -> None:
     catalogue.update_page([catalogue.measure(*case) for case in every])
 
 
-def _tabled(given: argparse.Namespace) -> None:
+def _tabled(name: str, given: argparse.Namespace) -> None:
     """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
-    suite: Any = {"time": compile_time, "crossings": crossings}[given.suite]
+    suite: Any = {"time": compile_time, "crossings": crossings}[name]
     cases = {case: size for case, size in suite.CASES.items() if given.only in case}
     rows = [suite.measure(case, size, threads) for case, size in cases.items()]
     Console().print(suite.table(rows))
     if given.dry:
         return
-    path = RESULTS / f"{given.suite}.jsonl"
-    command = f"python -m bench {given.suite} --threads {threads}"
+    path = RESULTS / f"{name}.jsonl"
+    command = f"python -m bench {name} --threads {threads}"
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
     kept = [row for row in old if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
@@ -81,9 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Suites: " + "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()) + ".",
     )
     parser.add_argument(
-        "suite",
+        "suites",
+        nargs="+",
+        metavar="suite",
         choices=[*SUITES, "kernels", "time", "crossings", *PAGES],
-        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        help="suites; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
         " crossings: what it costs that executors share a model; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
@@ -100,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(given: argparse.Namespace) -> int:
-    suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
+def _measure(name: str, given: argparse.Namespace) -> int:
+    suite, recorded = SUITES[name], RESULTS / f"{name}.jsonl"
     setting = Setting(
         tuple(peers.named(given.against or suite.against)),
         given.rounds,

@@ -142,7 +142,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *args: Any,
-    early: Iterable[torch.Tensor | None] = (),
+    early: Any = (),  # Iterable[Tensor | None]; to mypy **options could be one
     num_warps: int = 4,
     num_stages: int = 2,
     **constants: Any,

@@ -169,14 +169,21 @@ def openvino(problem: Problem) -> Run:
     """OpenVINO for the lowest latency, in the model's own dtype.
 
     Left alone it computes a float32 model in bfloat16 where the processor can, which is another model.
+
+    Raises:
+        LoweringError: it computes in another precision all the same.
     """
     ov: Any = importlib.import_module("openvino")
+    asked = _OPENVINO_TYPES.get(problem.dtype, "f32")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES.get(problem.dtype, "f32"),
+        "INFERENCE_PRECISION_HINT": asked,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled = ov.Core().compile_model(str(_exported(problem)), "CPU", settings)
+    given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if given != asked:
+        raise LoweringError(f"OpenVINO computes in {given} on this processor, the case is in {asked}")
     request = compiled.create_infer_request()
     inputs = [tensor.contiguous() for tensor in problem.inputs]
     results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]

@@ -16,7 +16,7 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
-from graphopt.runtime.executors import EXECUTORS, Executor, absent
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.plan import Plan
@@ -112,10 +112,11 @@ def plan_candidates(
     if executors is not None:
         plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
-    native, other = ("ort", "openvino") if target.device.type == "cpu" else ("cuda", "ort")
+    native = "ort" if target.device.type == "cpu" else "cuda"
     compile_too = effort == "measured" and _is_worth_compiling(rewritten, target)
     candidates = _native(native, rewritten, target, remarks, effort, compile_too)
-    if effort == "measured" and _is_here(other, target, remarks):
+    other = besides(target) if effort == "measured" else None
+    if other is not None and _is_here(other, target, remarks):
         candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
     if compile_too:
         candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))

@@ -252,6 +252,17 @@ def test_strides_types_and_sizes_go_in_and_out(optimized: Any, batch: int) -> No
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_tensor_that_is_read_negated_goes_in_as_what_it_means() -> None:
+    x = torch.view_as_complex(randn(4, 8, 2)).conj().imag
+    assert x.is_neg()
+    program = program_of(randomised(MLP()), randn(4, 8))
+    torch.testing.assert_close(program.run([x])[0], randomised(MLP())(x).detach())
+
+
+def test_on_the_cpu_the_host_reads_what_is_bound() -> None:
+    assert program_of(randomised(MLP()), randn(4, 8))._session.reads_on_host
+
+
 def test_outputs_of_dynamic_size_are_taken_over_and_outlive_their_session() -> None:
     dims = {"x": {0: "batch"}, "m": {0: "batch"}}
     opt = graphopt.optimize(Mixed().eval(), mixed(4), dynamic=dims, executors=("ort",), effort="fast")

@@ -8,6 +8,7 @@ from graphopt.runtime.executors.eager import Eager
 from graphopt.runtime.executors.inductor import Inductor
 from graphopt.runtime.executors.onednn import Onednn
 from graphopt.runtime.executors.ort import OpenVino, Ort
+from graphopt.runtime.executors.ort.providers import openvino_is_installed
 from graphopt.runtime.target import Target
 
 EXECUTORS: dict[str, Executor] = {
@@ -20,4 +21,11 @@ def absent(executor: Executor, target: Target) -> str | None:
     return executor.absent(target) if isinstance(executor, Ort) else None
 
 
-__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent"]
+def besides(target: Target) -> str | None:
+    """What is measured beside a device's own executor: OpenVINO where it is installed, ``ort`` on a GPU."""
+    if target.device.type != "cpu":
+        return "ort"
+    return "openvino" if openvino_is_installed() else None
+
+
+__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent", "besides"]

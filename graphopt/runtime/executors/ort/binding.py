@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
+from torch.utils.dlpack import from_dlpack
 
 # What ONNX Runtime has kernels for on every provider, and what else it has them for on a GPU.
 CPU_DTYPES = frozenset(
@@ -26,7 +27,7 @@ GPU_DTYPES = CPU_DTYPES | {torch.bfloat16}
 
 
 def bind_inputs(binding: Any, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Bind a call's inputs; those with strides of their own are written out first.
+    """Bind a call's inputs; those with strides of their own, or read negated, are written out first.
 
     Args:
         binding: of the session.
@@ -36,7 +37,7 @@ def bind_inputs(binding: Any, names: Sequence[str], tensors: Sequence[torch.Tens
     Returns:
         The tensors that are bound: the binding knows addresses alone, so they must live until it has run.
     """
-    kept = [tensor.detach().contiguous() for tensor in tensors]
+    kept = [tensor.detach().resolve_neg().contiguous() for tensor in tensors]
     for name, tensor in zip(names, kept, strict=True):
         binding.bind_input(name, *_place(tensor))
     return kept
@@ -73,7 +74,7 @@ def take_outputs(binding: Any, outputs: Sequence[torch.Tensor | None]) -> list[t
 
 def _taken_over(value: Any) -> torch.Tensor:
     """A tensor on the memory of an OrtValue, which lives as long as the tensor does."""
-    tensor: torch.Tensor = torch.from_dlpack(value)
+    tensor: torch.Tensor = from_dlpack(value)
     if value.data_type() == "tensor(bool)" and tensor.dtype != torch.bool:
         return tensor.view(torch.bool)  # DLPack had no such type once: its bytes are the same
     return tensor

@@ -69,7 +69,8 @@ class OrtCudaProgram:
 
     The first shape is captured at once, any other when it comes a second time, as by the ``cuda`` executor.
     ONNX Runtime keeps a graph for the thread that captured it: another thread's first call captures its own,
-    on the same memory. Calls run one after the other.
+    on the same memory. Calls run one after the other. While a graph is captured no other thread may allocate
+    memory of the GPU: ONNX Runtime captures in CUDA's global mode.
 
     Args:
         region: the region.

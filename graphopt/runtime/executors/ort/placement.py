@@ -166,7 +166,8 @@ def _model_of(node: ir.Node) -> bytes:
     graph = ir.Graph(
         given, alone.outputs, nodes=[alone], initializers=constants, opset_imports=opsets, name="alone"
     )
-    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    serialized: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return serialized
 
 
 def _type_of(value: ir.Value, others: Iterable[ir.Value]) -> ir.DataType:

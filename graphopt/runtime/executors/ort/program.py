@@ -134,7 +134,7 @@ def _kernel_times(
         model: whose nodes name ours.
         parts: what a plugin runs as one kernel each, in its order; such a kernel has its first node's name.
     """
-    ours = {node.name: node.metadata_props.get("graphopt.node", "") for node in model.graph}
+    ours = {node.name or "": node.metadata_props.get("graphopt.node", "") for node in model.graph}
     rows: dict[str, tuple[str, list[float]]] = {}
     for event in events:
         name = event.get("name", "")

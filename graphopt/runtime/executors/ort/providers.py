@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.util
 import json
 import sys
 import threading
@@ -86,7 +87,8 @@ def provider_for(target: Target) -> Provider:
         )
     device = {"device_id": str(target.device.index or 0)} if on_gpu else {}
     followed = (Provider(CUDA, device),) if name == TENSORRT else ()
-    return Provider(name, {**device, **options.provider_options}, followed_by=followed)
+    given = {key: str(value) for key, value in options.provider_options.items()}
+    return Provider(name, {**device, **given}, followed_by=followed)
 
 
 def find(short: str) -> str:
@@ -95,7 +97,8 @@ def find(short: str) -> str:
     Raises:
         TargetError: the build does not have it.
     """
-    built = {name.removesuffix(_SUFFIX).lower(): name for name in onnxruntime.get_available_providers()}
+    names: list[str] = onnxruntime.get_available_providers()
+    built = {name.removesuffix(_SUFFIX).lower(): name for name in names}
     wanted = short.removesuffix(_SUFFIX).lower()
     if wanted not in built:
         install = "install onnxruntime-gpu, or " if wanted in ("cuda", "tensorrt") else ""
@@ -155,7 +158,8 @@ def _smallest_model() -> bytes:
     made.outputs[0].name, made.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     inputs = [value for value in made.inputs if value is not None]
     graph = ir.Graph(inputs, made.outputs, nodes=[made], opset_imports={"": 17}, name="smallest")
-    return ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+    serialized: bytes = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+    return serialized
 
 
 # Plugins
@@ -182,13 +186,9 @@ def openvino(precision: Precision, threads: int) -> Provider:
     return Provider(OPENVINO, {"load_config": json.dumps({"CPU": config})}, _openvino_devices())
 
 
-def openvino_problem() -> str | None:
-    """Why there is no OpenVINO here; None when there is."""
-    try:
-        _openvino_devices()
-    except TargetError as error:
-        return error.message
-    return None
+def openvino_is_installed() -> bool:
+    """True when the plugin's package can be found; whether it loads is found out when it is asked for."""
+    return importlib.util.find_spec(_PLUGIN) is not None
 
 
 @functools.cache

@@ -39,6 +39,7 @@ class Session:
 
     Attributes:
         placement: where each node runs.
+        reads_on_host: a node on the CPU reads an input, which is then copied from a GPU when it is bound.
 
     Raises:
         LoweringError: ONNX Runtime refuses the model or an option, or it does not run on the provider.
@@ -57,6 +58,7 @@ class Session:
             self._open(model, provider, options, share - misplaced, profiled)
         if not profiled:
             self._remove()
+        self.reads_on_host = any(info.name == "Cpu" for info in self._session.get_input_memory_infos())
         self._input_names = [value.name for value in self._session.get_inputs()]
         self._output_names = [value.name for value in self._session.get_outputs()]
 
@@ -85,11 +87,6 @@ class Session:
     def provider(self) -> str:
         """The provider that the session runs on; those that it could not have are not named."""
         return str(self._session.get_providers()[0])
-
-    @property
-    def reads_on_host(self) -> bool:
-        """True when an input is read by a node on the CPU: bound there, it is copied from a GPU at once."""
-        return any(info.name == "Cpu" for info in self._session.get_input_memory_infos())
 
     def binding(self) -> Any:
         """A new binding of the session."""

@@ -109,7 +109,7 @@ def _held(tensor: Any) -> Held:
     raw = getattr(tensor, "raw", None)
     if not isinstance(raw, torch.Tensor):
         return Held(np.ascontiguousarray(tensor.numpy()), tensor.dtype)
-    raw = raw.detach()
+    raw = raw.detach().resolve_neg()
     key = (raw.data_ptr(), raw.dtype, raw.device, tuple(raw.shape), raw.stride())
     held = _HELD.get(key)
     if held is None:
