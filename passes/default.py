@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from graphopt.compiler.pass_ import Pass, find, users_passes
 from graphopt.passes import (
+    cast_to_bfloat16,
+    cast_to_float16,
     fold_attention_mask,
     fold_attention_scale,
     fold_constants,
@@ -61,6 +63,7 @@ from graphopt.passes import (
     prune_zero_channels,
     prune_zero_heads,
     prune_zero_layers,
+    quantize_linear_int8,
     remove_dead_code,
     remove_noops,
     simplify_arithmetic,
@@ -157,6 +160,9 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(merge_common_subexpressions.PASS, "half rotary tables, once a layer, become one"),
     Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
     Entry(fuse_pointwise.PASS, "level 3; takes what no other pass has a name for, once nothing else follows"),
+    Entry(quantize_linear_int8.PASS, "on request: of what is fused, so that activations are epilogues"),
+    Entry(cast_to_bfloat16.PASS, "on request: behind quantization, of what that left in float32"),
+    Entry(cast_to_float16.PASS, "likewise"),
     Entry(remove_dead_code.PASS, "last: what the others left behind"),
 )
 

@@ -23,10 +23,8 @@ SEES["passes"] = {"ir", "compiler", "kernels"}
 for room in ("gate", "observe", "runtime"):
     SEES[room].add("kernels")
 # These see every room, but for the two that are built on them.
-TOP = {
-    f"graphopt{name}"
-    for name in ("", "._face", ".explain", ".optimize", ".optimized_model", ".torch_compile")
-}
+_TOP = ("", "._face", ".explain", ".optimize", ".optimized_model", ".precision", ".torch_compile")
+TOP = {f"graphopt{name}" for name in _TOP}
 SEES["top"] = {*SEES, "top"} - {"cli"}
 SEES["bench"] = {*SEES["top"]}
 SEES["cli"] = {*SEES, "top"}

@@ -58,6 +58,16 @@ def passes(
     )
 
 
+def precision(given: str | None, start: Path | None = None) -> str:
+    """The precision of the command line, or else of pyproject.toml, or else ``exact``.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    _, settings = _settings(start or Path.cwd())
+    return str(settings.get("precision", "exact")) if given is None else given
+
+
 def check_settings(start: Path | None = None) -> tuple[str, dict[str, Any]]:
     """The table ``check`` with the gate's budgets, and where it stands; ``gate/budgets.py`` reads it.
 
@@ -107,6 +117,7 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "level": ("a number from 0 to 3", _is_level),
     "enable": ("a list of names of passes", _are_names),
     "disable": ("a list of names of passes", _are_names),
+    "precision": ('a precision, such as "int8"', lambda value: isinstance(value, str)),
     "check": ("a table of budgets", lambda value: isinstance(value, dict)),
     "passes": ("a list of modules that register passes", _are_names),
 }

@@ -54,9 +54,15 @@ def optimize(
     level: _options.Level = None,
     enable: _options.Enable = None,
     disable: _options.Disable = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Try narrower numbers, too: bf16, fp16, int8. The default is exact."
+        ),
+    ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(min=0.0, help="The most that lossy passes, enabled by name, may lose (0.01 is 1 %)."),
+        typer.Option(min=0.0, help="The most that lossy passes or a precision may lose (0.01 is 1 %)."),
     ] = None,
     effort: Annotated[
         Effort, typer.Option(help="Time the ways to run it, or take the first that is right.")
@@ -117,6 +123,7 @@ def optimize(
                 level=passes.level,
                 enable=passes.enable,
                 disable=passes.disable,
+                precision=_config.precision(precision),
                 max_loss=max_loss,
                 effort=effort.value,
                 progress=progress,

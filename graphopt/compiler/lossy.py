@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
+from graphopt.compiler.cost import milliseconds, node_cost, node_dtype
+from graphopt.compiler.device import Limits
 from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.manager import Outcome
 from graphopt.compiler.pass_ import Pass
@@ -49,6 +52,10 @@ class Budget:
     max_loss: float
     metric: Metric = relative_distance
 
+    def allows(self, loss: float) -> bool:
+        """True when a loss is within the budget; NaN is no loss that anybody allowed."""
+        return loss <= self.max_loss
+
 
 def _step(match: Match) -> int:
     """How much of its site a match gives up: 1 where the pass knows no smaller step."""
@@ -60,39 +67,52 @@ def _is_open(match: Match, failed: dict[str, int]) -> bool:
 
 
 class LossyManager:
-    """Applies passes that are not exact, site by site, as long as the loss stays within the budget.
+    """Applies passes that are not exact as long as the loss stays within the budget.
+
+    A pass goes site by site, the whole measured after each. One of the kind ``cast`` rewrites all its sites
+    and measures them together. Where that loses too much, each site is measured alone, and in ascending order
+    of what they lose so many are rewritten as the budget holds, found by halving.
 
     Args:
         passes: in order; each yields its matches in ascending order of damage. A match may bind ``step``, how
             much it gives up, and smaller steps of the same site may follow it: they are tried where it fails.
         remarks: where the loss of each step goes.
         budget: how much may be lost in all.
+        limits: of the target, for the price of what was left as it was; None leaves the price out.
     """
 
-    def __init__(self, passes: Sequence[Pass], remarks: Remarks, budget: Budget) -> None:
+    def __init__(
+        self, passes: Sequence[Pass], remarks: Remarks, budget: Budget, limits: Limits | None = None
+    ) -> None:
         self.passes = passes
         self.remarks = remarks
         self.budget = budget
+        self.limits = limits
 
-    def run(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> tuple[Outcome, float]:
+    def run(
+        self, graph: Graph, inputs: Sequence[torch.Tensor], original: Sequence[Any] | None = None
+    ) -> tuple[Outcome, float]:
         """Rewrite a graph in place.
 
         Args:
             graph: the graph.
             inputs: example inputs: flat tensors in placeholder order.
+            original: the outputs that the loss is measured against; those of the graph by default.
 
         Returns:
             Every rewrite tried, with the loss of the whole graph after it as ``error_after``; and the loss
             reached in the end.
         """
-        outcome, original, loss = Outcome(graph), outputs(graph, inputs), 0.0
+        outcome, loss = Outcome(graph), 0.0
+        if original is None:
+            original = outputs(graph, inputs)
+        else:
+            loss = self.budget.metric(original, outputs(graph, inputs))
         for rule in self.passes:
-            failed: dict[str, int] = {}
-            for _ in range(_MAX_ROUNDS):
-                found = self._round(rule, graph, inputs, original, loss, failed, outcome)
-                if found is None:
-                    break
-                loss = found
+            if rule.kind == "cast":
+                loss = _AtOnce(self, rule, graph, inputs, original).run(loss, outcome)
+            else:
+                loss = self._by_site(rule, graph, inputs, original, loss, outcome)
             self.remarks.add(
                 "analysis",
                 rule.name,
@@ -102,6 +122,24 @@ class LossyManager:
         graph.drop_unused_constants()
         graph.module.recompile()
         return outcome, loss
+
+    def _by_site(
+        self,
+        rule: Pass,
+        graph: Graph,
+        inputs: Sequence[torch.Tensor],
+        original: Sequence[Any],
+        loss: float,
+        outcome: Outcome,
+    ) -> float:
+        """Site by site, until a round keeps nothing; returns the loss."""
+        failed: dict[str, int] = {}
+        for _ in range(_MAX_ROUNDS):
+            found = self._round(rule, graph, inputs, original, loss, failed, outcome)
+            if found is None:
+                break
+            loss = found
+        return loss
 
     def _round(
         self,
@@ -160,7 +198,7 @@ class LossyManager:
             rewriter.commit()
             graph.check()
             loss = self.budget.metric(original, outputs(graph, inputs))
-            if not loss <= self.budget.max_loss:  # NaN is no loss that anybody allowed
+            if not self.budget.allows(loss):
                 reason = f"the loss would be {loss:.3g}, above the {self.budget.max_loss:.3g} allowed"
         except Exception as error:
             reason = said(error)
@@ -172,4 +210,133 @@ class LossyManager:
             )
         return Rewrite(
             rule.name, rule.kind, site, place.source, place.module, before, loss, not reason, reason
+        )
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A place that a pass could rewrite, as it was: the node itself goes when the graph is restored.
+
+    Args:
+        root: of the match.
+        words: the root in words.
+        ms: roofline of the root, in milliseconds.
+    """
+
+    root: fx.Node
+    words: str
+    ms: float
+
+
+class _AtOnce:
+    """A pass whose sites are rewritten together."""
+
+    def __init__(
+        self,
+        manager: LossyManager,
+        rule: Pass,
+        graph: Graph,
+        inputs: Sequence[torch.Tensor],
+        original: Sequence[Any],
+    ) -> None:
+        self._manager = manager
+        self._rule = rule
+        self._graph = graph
+        self._inputs = inputs
+        self._original = original
+        self._failed: dict[str, str] = {}  # by site: why it cannot be rewritten
+        self._start = graph.snapshot()
+
+    def run(self, before: float, outcome: Outcome) -> float:
+        """Rewrite as many sites as the budget allows; returns the loss."""
+        sites = self._sites()
+        if not sites:
+            return before
+        budget = self._manager.budget
+        loss, alone = self._loss_with(sites), dict[str, float]()
+        kept: Collection[str] = sites
+        if not budget.allows(loss):
+            alone = {name: self._loss_with([name]) for name in sites if name not in self._failed}
+            order = sorted(alone, key=lambda name: (math.isnan(alone[name]), alone[name]))
+            kept = order[: self._most(order)]
+            loss = self._loss_with(kept) if kept else before
+            if not kept:
+                self._restore()
+        for name, site in sites.items():
+            reason = self._reason(name, name in kept, alone)
+            outcome.rewrites.append(self._row(site, before, alone.get(name, loss), loss, reason))
+        return loss
+
+    def _most(self, order: Sequence[str]) -> int:
+        """How many of the sites, the least damaging first, may be rewritten."""
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._manager.budget.allows(self._loss_with(order[:middle])):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _sites(self) -> dict[str, _Site]:
+        found = {}
+        for match in self._rule.matches(self._graph):
+            reason, root, limits = self._rule.check(match), match.root, self._manager.limits
+            ms = 0.0 if limits is None else milliseconds(node_cost(root), limits, node_dtype(root))
+            if reason is not None:
+                self._manager.remarks.add("missed", self._rule.name, root, reason, ms=ms)
+            else:
+                found[root.name] = _Site(root, describe(root), ms)
+        return found
+
+    def _restore(self) -> None:
+        self._graph.restore(self._start)
+        self._start = self._graph.snapshot()
+
+    def _loss_with(self, names: Collection[str]) -> float:
+        """The loss with these sites rewritten, and no others; the graph is left so."""
+        self._restore()
+        graph, wanted = self._graph, set(names) - self._failed.keys()
+        for match in list(self._rule.matches(graph)):
+            name = match.root.name
+            if name not in wanted:
+                continue
+            rewriter = Rewriter(match, self._rule.name)
+            try:
+                self._rule.rewrite(rewriter, match)
+            except Exception as error:
+                rewriter.revert()
+                self._failed[name] = said(error)
+                continue
+            rewriter.commit()
+        try:
+            graph.check()
+            return self._manager.budget.metric(self._original, outputs(graph, self._inputs))
+        except Exception as error:
+            if len(wanted) == 1:
+                self._failed[min(wanted)] = said(error)
+            return math.inf
+
+    def _reason(self, name: str, kept: bool, alone: dict[str, float]) -> str:
+        """Why a site stays as it was; "" for one that was rewritten."""
+        if name in self._failed:
+            return self._failed[name]
+        if kept:
+            return ""
+        budget = self._manager.budget
+        own = f"alone it loses {alone[name]:.3g}"
+        if not budget.allows(alone[name]):
+            return f"{own}, above the {budget.max_loss:.3g} allowed"
+        return f"{own}; with those that lose less it would be above the {budget.max_loss:.3g} allowed"
+
+    def _row(self, site: _Site, before: float, alone: float, loss: float, reason: str) -> Rewrite:
+        rule, root, remarks = self._rule, site.root, self._manager.remarks
+        place = provenance.of(root)
+        if reason:
+            remarks.add("missed", rule.name, root, f"kept as it was: {reason}", ms=site.ms)
+        else:
+            remarks.add("passed", rule.name, root, f"{site.words}: the loss of all is {loss:.3g}")
+        after = alone if reason else loss
+        return Rewrite(
+            rule.name, rule.kind, root.name, place.source, place.module, before, after, not reason, reason
         )

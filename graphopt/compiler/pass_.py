@@ -16,7 +16,7 @@ from graphopt.ir.pattern import Match, NearMiss, Pattern
 if TYPE_CHECKING:
     from graphopt.compiler.rewriter import Rewriter
 
-Kind = Literal["prune", "fold", "fuse"]
+Kind = Literal["prune", "fold", "fuse", "cast"]
 Finder = Callable[[Graph], Iterable[Match]]
 ENTRY_POINTS = "graphopt.passes"  # the group under which an installed package offers its passes
 
@@ -35,7 +35,8 @@ class Pass:
 
     Args:
         name: ``verb_object``, the name of its file.
-        kind: its family.
+        kind: its family. Passes of the kind ``cast`` compute the same in another number format: they run
+            behind all others, on sites that do not depend on each other.
         pattern: what it matches: a pattern, tried at every node, or a function that yields matches.
         rewrite: builds the replacement with the ``Rewriter`` and says what it replaces.
         check: the reason why a match is refused, or None.
@@ -117,7 +118,7 @@ def custom_pass(
     A package offers its passes by an entry point of the group ``graphopt.passes`` that names the module.
 
     Args:
-        kind: its family: ``"prune"``, ``"fold"`` or ``"fuse"``.
+        kind: its family: ``"prune"``, ``"fold"``, ``"fuse"`` or ``"cast"``.
         name: ``verb_object``; the class's name in snake case by default.
         after: the pass behind which it runs; behind all others by default.
         level: the lowest optimization level at which it runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,10 @@ class Remarks:
         name = node.name if node is not None else ""
         row = Remark(kind, pass_name, name, place.source, place.module, reason, bytes, flops, ms)
         self._rows.append(row)
+
+    def extend(self, rows: Iterable[Remark]) -> None:
+        """Add remarks that were made elsewhere."""
+        self._rows.extend(rows)
 
     def rollback(self, count: int) -> None:
         """Take back all but the first ``count`` remarks: what they tell of was undone."""

@@ -96,7 +96,7 @@ def _said(pass_name: str) -> tuple[str, str]:
     """``attention`` and ``fused`` of ``fuse_attention``."""
     verb, _, what = pass_name.partition("_")
     past = {"fuse": "fused", "fold": "folded", "merge": "merged", "prune": "pruned", "hoist": "hoisted"}
-    past |= {"remove": "removed", "simplify": "simplified"}
+    past |= {"remove": "removed", "simplify": "simplified", "quantize": "quantized", "cast": "cast"}
     return (what.replace("_", " "), past[verb]) if what and verb in past else (pass_name, "applied")
 
 

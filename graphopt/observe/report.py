@@ -93,6 +93,7 @@ class Report:
         graph_before: the captured graph, to be drawn.
         graph_after: the rewritten graph, to be drawn.
         loss: what lossy passes lost on the example inputs, in the user's metric; None when none ran.
+        precision: of what runs: "exact", or the narrower numbers that were asked for and turned out faster.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Report:
     graph_before: Sequence[GraphNode] = ()
     graph_after: Sequence[GraphNode] = ()
     loss: float | None = None
+    precision: str = "exact"
 
     @property
     def chosen(self) -> Candidate:
@@ -153,8 +155,12 @@ class Report:
             return "not the same end to end: every rewrite was reverted, and the captured graph runs"
         kept = sum(rewrite.kept for rewrite in self.rewrites)
         rewritten = f"{kept} of {len(self.rewrites)} rewrites kept" if self.rewrites else "nothing rewritten"
-        lost = "" if self.loss is None else f" of the model that was pruned at a loss of {self.loss:.3g}"
-        return f"verified: {rewritten}, outputs within {error(self.chosen.error)} of float64{lost}"
+        within = f"verified: {rewritten}, outputs within {error(self.chosen.error)} of float64"
+        if self.loss is None:
+            return within
+        if self.precision != "exact":
+            return f"{within}: the model in {self.precision}, at a loss of {self.loss:.3g}"
+        return f"{within} of the model that was pruned at a loss of {self.loss:.3g}"
 
     def rewrites_by_pass(self) -> dict[str, int]:
         """How many rewrites each pass made and kept."""
@@ -181,6 +187,7 @@ class Report:
                 "verdict": self.verdict,
                 "speedup": self.speedup,
                 "loss": self.loss,
+                "precision": self.precision,
                 "ops": {"before": self.ops_before, "after": self.ops_after},
                 "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
                 "remarks": [remark.to_dict() for remark in self.remarks],

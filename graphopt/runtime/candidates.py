@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from graphopt.compiler.compare import Comparison
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
@@ -27,6 +28,13 @@ _SECONDS = 4.0  # about how long the candidates are timed against each other
 _WORTH_COMPILING_MS = 50.0  # a call's roofline on the CPU above which Inductor is tried
 
 
+class Judge(Protocol):
+    """What a candidate's outputs are held against."""
+
+    def compare(self, after: Sequence[Any]) -> Comparison:
+        """Judge what it computes of what the graph returns."""
+
+
 @dataclass
 class Candidate:
     """One way to run the model.
@@ -40,6 +48,7 @@ class Candidate:
         timing: on the example inputs.
         node_times: a row a node, slowest first.
         chosen: it is what runs.
+        judge: what its outputs are held against; None for what all others are.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Candidate:
     timing: Timing | None = None
     node_times: Sequence[NodeTime] = ()
     chosen: bool = field(default=False)
+    judge: Judge | None = None
 
     def drop(self, reason: str, remarks: Remarks) -> None:
         """Take it out of the race, and say why."""
@@ -112,6 +122,49 @@ def plan_candidates(
         candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
     for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
         candidates.append(_way(name, graph, ("eager",), target, remarks, effort))
+    return candidates
+
+
+def narrowed_candidates(
+    graph: Graph,
+    precision: str,
+    judge: Callable[[], Judge],
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
+) -> list[Candidate]:
+    """Compile every way to run a model whose numbers were made narrower; those that fail are dropped.
+
+    Each executor but the last takes all of it or nothing: crossing from one to another between two products
+    would cost what the narrow one gains.
+
+    Args:
+        graph: the rewritten graph.
+        precision: its name, for those of the candidates.
+        judge: makes what the outputs of one are held against.
+        executors: the only ones to use, in order of preference; None for every way there is.
+        target: where.
+        remarks: takes what was refused.
+        effort: as for ``plan_candidates``.
+    """
+    if executors is not None:
+        ways: list[tuple[str, ...]] = [tuple(executors)]
+    elif target.device.type == "cpu":
+        ways = [("onednn",), ("ort",), ("eager",)]
+        if effort == "measured" and _is_worth_compiling(graph, target):
+            ways.insert(1, ("inductor",))
+    else:
+        ways = [("cuda", "eager"), ("inductor", "eager"), ("eager",)]
+    candidates = []
+    for order in ways:
+        name = " + ".join(order) if executors is not None else order[0]
+        candidate = Candidate(f"{name} ({precision})", graph, None, judge=judge())
+        candidates.append(candidate)
+        try:
+            candidate.plan = partition(graph, find_executors(order), target, remarks, effort)
+        except GraphoptError as error:
+            candidate.drop(error.message, remarks)
     return candidates
 
 
@@ -247,7 +300,10 @@ def choose(
     best.node_times = node_times(best.plan, inputs)
     if timed:
         best.plan = arranged(
-            best.plan, inputs, remarks, lambda after: reference.compare(computed(best.graph, after)).ok
+            best.plan,
+            inputs,
+            remarks,
+            lambda after: (best.judge or reference).compare(computed(best.graph, after)).ok,
         )
     for step in best.plan.steps:
         for note in step.program.notes():
@@ -300,7 +356,7 @@ def _check(
     except Exception as error:
         candidate.drop(f"it fails to run: {said(error)}", remarks)
         return
-    found = reference.compare(computed(candidate.graph, after))
+    found = (candidate.judge or reference).compare(computed(candidate.graph, after))
     candidate.error = found.error_after
     if not found.ok:
         candidate.drop(found.reason, remarks)

@@ -35,6 +35,23 @@ def test_it_switches_passes_and_the_command_line_wins(workspace: Path, run: Run)
     assert len(passes_of(run, "--level", "2")) > 1
 
 
+def test_a_precision_and_the_command_line_wins(workspace: Path, run: Run) -> None:
+    def ran_in(*args: str) -> str:
+        done = run("optimize", "zoo:block", "--json", "--effort", "fast", "--executors", "eager", *args)
+        assert done.exit_code == 0, done.output
+        return str(json.loads(done.stdout)["precision"])
+
+    assert ran_in() == "exact"
+    assert ran_in("--precision", "bf16", "--max-loss", "0.2") == "bf16"
+    configure(workspace, 'precision = "bf16"')
+    assert ran_in("--max-loss", "0.2") == "bf16"
+    assert ran_in("--precision", "exact") == "exact"
+    configure(workspace, "precision = 8")
+    done = run("optimize", "zoo:block")
+    assert done.exit_code == 2
+    assert "precision = 8 is not a precision" in done.output
+
+
 def test_it_is_looked_for_upwards(workspace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(workspace, "level = 0")
     (workspace / "deep").mkdir()

@@ -326,6 +326,7 @@ MAIN_NODES = [
     ("conv_activation", "relu", "Conv"),
     ("group_norm_silu", "an image", "InstanceNormalization"),
     ("quantized_linear", "bias", "DequantizeLinear"),
+    ("dynamic_quantized_linear", "bias", "MatMulIntegerToFloat"),
     ("masked_mean_pool", "token mask", "MatMul"),
     ("packed_attention", "three sequences", "Attention"),
     ("pointwise", "a gate", "Sigmoid"),

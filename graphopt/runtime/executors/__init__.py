@@ -6,12 +6,13 @@ from graphopt.runtime.executors._protocol import Executor, KernelTime, Program
 from graphopt.runtime.executors.cuda import Cuda
 from graphopt.runtime.executors.eager import Eager
 from graphopt.runtime.executors.inductor import Inductor
+from graphopt.runtime.executors.onednn import Onednn
 from graphopt.runtime.executors.ort import OpenVino, Ort
 from graphopt.runtime.executors.ort.providers import openvino_is_installed
 from graphopt.runtime.target import Target
 
 EXECUTORS: dict[str, Executor] = {
-    executor.name: executor for executor in (Ort(), OpenVino(), Cuda(), Inductor(), Eager())
+    executor.name: executor for executor in (Ort(), OpenVino(), Cuda(), Inductor(), Onednn(), Eager())
 }
 
 

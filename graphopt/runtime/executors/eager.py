@@ -38,10 +38,15 @@ class EagerProgram(Silent):
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
         """Run node by node, and time each."""
-        timed = _Timed(self._module)
-        with torch.no_grad():
-            results: Sequence[Any] = timed.run(*inputs)
-        return results, timed.times
+        return timed(self._module, inputs)
+
+
+def timed(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
+    """Run a module node by node; returns its results, and what each node took."""
+    interpreter = _Timed(module)
+    with torch.no_grad():
+        results: Sequence[Any] = interpreter.run(*inputs)
+    return results, interpreter.times
 
 
 class _Timed(fx.Interpreter):

@@ -1,0 +1,220 @@
+"""``precision=``: narrower numbers within a budget, but for sensitive layers, taken where faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphopt
+from graphopt import precision
+from graphopt.compiler import cpu
+from graphopt.compiler.lossy import relative_distance
+from graphopt.errors import InputError, TargetError
+from graphopt.observe.report import Report
+from graphopt.passes import quantize_linear_int8
+from graphopt.runtime import candidates
+from graphopt.runtime.candidates import Candidate
+from graphopt.runtime.measure import Timing
+from graphopt.runtime.target import Target
+from tests._models import bert, randn, randomised
+
+X = randn(9, 64)
+CASTS = {"bf16": "cast_to_bfloat16", "fp16": "cast_to_float16", "int8": "quantize_linear_int8"}
+
+
+class Network(nn.Module):
+    """Two projections with an activation between them; each weight has more than 4096 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+MODEL = randomised(Network()).eval()
+
+
+def optimized(name: str, executor: str = "onednn", model: nn.Module = MODEL, **more: Any) -> Any:
+    """Nothing is timed: the first candidate that is right runs, and the narrow ones come first."""
+    more = {"effort": "fast", "executors": (executor,), **more}
+    return graphopt.optimize(model, (X,), precision=name, **more)
+
+
+def reasons(report: Report, name: str) -> list[str]:
+    return [row.reason for row in report.remarks if row.pass_name == name and row.kind == "missed"]
+
+
+def test_oneDNN_has_float16_where_the_processor_has() -> None:  # noqa: N802
+    supported = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    assert optimized("fp16").report.precision == ("fp16" if supported else "exact")
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [
+        ("bf16", "onednn"),
+        ("bf16", "eager"),
+        ("fp16", "eager"),
+        *(("int8", way) for way in ("onednn", "ort", "eager")),
+    ],
+)
+def test_it_runs_within_its_default_loss(name: str, executor: str) -> None:
+    found = optimized(name, executor)
+    assert found.report.precision == name
+    assert found.report.chosen.name == f"{executor} ({name})"
+    assert 0 < found.report.loss <= precision.PRECISIONS[name].max_loss
+    assert found.report.rewrites_by_pass()[CASTS[name]] == 2
+    with torch.no_grad():
+        lost = relative_distance([MODEL(X)], [found(X)])
+    assert lost == pytest.approx(found.report.loss, rel=1e-3)
+    assert found(X).dtype == torch.float32
+    before, after = (found.report.memory[side] for side in ("before", "after"))
+    share = (after["weights"] + after["folded"]) / (before["weights"] + before["folded"])
+    assert share < (0.3 if name == "int8" else 0.51)
+    assert f"the model in {name}, at a loss of" in found.report.verdict
+    assert found.report.to_dict()["precision"] == name
+
+
+def test_exact_is_the_default() -> None:
+    found = optimized("exact", "eager")
+    assert (found.report.precision, found.report.loss) == ("exact", None)
+    assert not set(CASTS.values()) & found.report.rewrites_by_pass().keys()
+
+
+def sensitive() -> nn.Module:
+    """A model whose second projection has one weight in each row that dwarfs the others."""
+    model = randomised(Network()).eval()
+    with torch.no_grad():
+        model.down.weight[:, 0] = 1e4
+        model.up.weight[0] *= 1e-7
+        model.up.bias[0] *= 1e-7  # what the large weights multiply is next to nothing
+    return model
+
+
+def test_a_sensitive_layer_stays_in_float32() -> None:
+    model = sensitive()
+    found = optimized("int8", model=model, max_loss=0.02)
+    assert found.report.rewrites_by_pass()["quantize_linear_int8"] == 1
+    (reason,) = reasons(found.report, "quantize_linear_int8")
+    assert reason.startswith("kept as it was: alone it loses 0.")
+    assert "above the 0.018 allowed" in reason  # a tenth is left for what executors round
+    (row,) = (row for row in found.report.remarks if row.reason == reason)
+    assert row.ms > 0
+    assert row.module == "down"
+    assert found.report.loss <= 0.02
+    with torch.no_grad():
+        assert relative_distance([model(X)], [found(X)]) <= 0.02
+
+
+def test_a_budget_of_nothing_leaves_the_exact_model() -> None:
+    found = optimized("int8", "eager", max_loss=0.0)
+    assert found.report.precision == "exact"
+    assert found.report.loss is None
+    assert len(reasons(found.report, "quantize_linear_int8")) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(found(X), MODEL(X))
+
+
+def test_the_users_metric_decides() -> None:
+    def changed(original: Any, found: Any) -> float:
+        return float((original[0].argmax(-1) != found[0].argmax(-1)).double().mean())
+
+    found = optimized("int8", metric=changed, max_loss=0.0)
+    assert found.report.precision == "int8"
+    assert found.report.loss == 0
+    with pytest.raises(InputError, match="max_loss does not say by how much"):
+        optimized("int8", metric=changed)
+
+
+def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up: whatever is narrow takes 2 ms, whatever is exact 1 ms."""
+    known: list[Candidate] = []
+    check = candidates._check
+
+    def checked(candidate: Candidate, *given: Any) -> None:
+        check(candidate, *given)
+        known.append(candidate)
+
+    def timings(runs: Any, **_: Any) -> list[Timing]:
+        right = [candidate for candidate in known if candidate.plan is not None]
+        return [Timing(2.0 if "(int8)" in candidate.name else 1.0, 0.0, 1) for candidate in right]
+
+    monkeypatch.setattr(candidates, "_check", checked)
+    monkeypatch.setattr(candidates, "interleaved", timings)
+    found = graphopt.optimize(MODEL, (X,), precision="int8")
+    assert {"onednn (int8)", "ort (int8)", "eager (int8)"} <= {row.name for row in found.report.candidates}
+    assert (found.report.precision, found.report.loss) == ("exact", None)
+    assert "quantize_linear_int8" not in found.report.rewrites_by_pass()
+    (reason,) = reasons(found.report, "precision")
+    assert reason.startswith("int8 loses 0.0")
+    assert "is no faster here" in reason
+
+
+def test_onnx_runtime_has_no_bfloat16_on_the_cpu() -> None:
+    found = optimized("bf16", "ort")
+    assert found.report.precision == "exact"
+    assert any("torch.bfloat16 cannot be bound" in reason for reason in reasons(found.report, "candidates"))
+
+
+def test_dynamic_sizes() -> None:
+    found = optimized("int8", dynamic={"x": {0: "rows"}})
+    other = randn(4, 64)
+    with torch.no_grad():
+        assert relative_distance([MODEL(other)], [found(other)]) < 0.04
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    """A step for each row: a token's result is the same in whatever batch it comes."""
+    found = optimized("int8", dynamic={"x": {0: "rows"}})
+    large = torch.cat([X, 1e3 * randn(1, 64)])
+    torch.testing.assert_close(found(large)[:-1], found(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_a_transformer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_linear_int8, "_MIN_WEIGHTS", 64)  # its layers are tiny
+    example = bert()
+    found = graphopt.optimize(
+        example.model, kwargs=example.kwargs, precision=name, max_loss=0.1, effort="fast"
+    )
+    assert found.report.precision == name
+    similar = F.cosine_similarity(
+        found(**example.kwargs).last_hidden_state, example().last_hidden_state, dim=-1
+    )
+    assert similar.mean() > 0.995
+
+
+def test_casts_between_products_are_gone() -> None:
+    """What lies between two products in bfloat16 is bfloat16: one cast at either end."""
+    found = optimized("bf16")
+    ops = found.report.ops_after
+    assert ops["aten.to"] == 2
+    assert {row.shape.split(" ")[0] for row in found.report.graph_after if "linear" in row.op} == {"bfloat16"}
+
+
+def test_unknown_and_impossible_precisions() -> None:
+    with pytest.raises(InputError, match="precision='int3' is unknown") as error:
+        optimized("int3")
+    assert "bf16, fp16, int8" in str(error.value)
+    with pytest.raises(TargetError, match="'fp8' is for GPUs, and the target is cpu"):
+        optimized("fp8")
+    gpu = Target(torch.device("cuda:0"))
+    with pytest.raises(TargetError, match="'int8' is for CPUs, and the target is cuda:0"):
+        precision.require_possible("int8", gpu)
+    with pytest.raises(TargetError, match="'fp8' is not there yet"):
+        precision.require_possible("fp8", gpu)
+    precision.require_possible("bf16", gpu)
+
+
+def test_the_processor_is_named() -> None:
+    found = optimized("int8")
+    said = [row.reason for row in found.report.remarks if row.pass_name == "precision"]
+    assert str(cpu.features()) in said[0]
+    assert str(cpu.Features(True, False, True, True)) == "bfloat16, VNNI (int8), AMX"
+    assert str(cpu.Features(False, False, False, False)) == "none for narrow numbers"
