@@ -26,9 +26,10 @@ from graphopt.ir.graph import Graph
 from graphopt.observe.report import Candidate, Report
 from graphopt.observe.snapshot import memory_of, snapshot, versions
 from graphopt.optimized_model import OnMismatch, OptimizedModel
+from graphopt.packing import Padding, remove_padding, with_padded, zero_padding
 from graphopt.passes.default import pipeline
 from graphopt.runtime import candidates as runtime
-from graphopt.runtime.candidates import Choice, choose, plan_candidates
+from graphopt.runtime.candidates import Choice, choose, plan_candidates, plan_packed
 from graphopt.runtime.target import Target
 
 Progress = Callable[[str, float], None]
@@ -46,6 +47,7 @@ def optimize(
     level: int = 2,
     enable: Iterable[str] = (),
     disable: Collection[str] = (),
+    padding: Padding = "keep",
     max_loss: float | None = None,
     metric: Metric | None = None,
     effort: str = "measured",
@@ -69,6 +71,10 @@ def optimize(
         enable: passes to run although their level is higher, by exact name; those that lose something run
             only so, and only with ``max_loss``.
         disable: passes to leave out, by exact name.
+        padding: what outputs hold at padded positions, which the mask of attention tells: ``"keep"``, what
+            the original computes there; ``"remove"``, zeros. What no output needs is not computed for padded
+            positions in either case, where that is the fastest on the example inputs: give some that are
+            padded as later ones will be.
         max_loss: the most that lossy passes may lose on the example inputs, as ``metric`` has it.
         metric: called with the original's flat outputs and the rewritten model's, returns the loss; the
             largest relative distance in the 2-norm by default.
@@ -92,6 +98,7 @@ def optimize(
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
+    _require_known("padding", padding, ("keep", "remove"))
     clock = _Clock(progress)
     passes = pipeline(level, enable, disable)
     budget = _budget(passes, max_loss, metric)
@@ -114,20 +121,30 @@ def optimize(
         )
         outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
+        if padding == "remove":
+            zero_padding((base, outcome.graph), remarks)
         reference = output_reference(base, inputs, MODEL_FLOOR_ULPS)
         outcome = _verified(outcome, base, inputs, reference, manager, older)
         own_outputs(outcome.graph, captured, remarks)
+    with clock.stage("pack", 0.45):
+        packed = remove_padding(outcome.graph, inputs, remarks, where.limits, disable)
     with clock.stage("lower", 0.5):
         candidates = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
+        if packed is not None:
+            candidates.insert(0, plan_packed(packed.graph, executors, where, remarks, effort))
     with clock.stage("measure", 0.8):
         timed, graphed = effort == "measured", require_cuda_graph
         chosen = choose(
             candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=graphed
         )
+        plan = chosen.best.plan
+        assert plan is not None
+        if packed is not None and chosen.best is candidates[0]:
+            plan = with_padded(chosen.best, candidates[1:], packed, inputs, timed=timed)
+            outcome.rewrites += packed.rewrites
     outcome.rewrites[:0] = lossy
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
-    assert chosen.best.plan is not None
-    return OptimizedModel(captured, chosen.best.plan, report, original, on_mismatch, selection)
+    return OptimizedModel(captured, plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from graphopt.kernels import (
     linear_add_layer_norm,
     linear_cross_entropy,
     masked_mean_pool,
+    pack_tokens,
     packed_attention,
     pointwise,
     quantized_linear,
@@ -22,6 +23,7 @@ from graphopt.kernels import (
     rms_norm_add,
     rope,
     sandwich_rms_norm,
+    unpack_tokens,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "linear_add_layer_norm",
     "linear_cross_entropy",
     "masked_mean_pool",
+    "pack_tokens",
     "packed_attention",
     "pointwise",
     "quantized_linear",
@@ -46,4 +49,5 @@ __all__ = [
     "rms_norm_add",
     "rope",
     "sandwich_rms_norm",
+    "unpack_tokens",
 ]

@@ -23,7 +23,8 @@ SEES["passes"] = {"ir", "compiler", "kernels"}
 for room in ("gate", "observe", "runtime"):
     SEES[room].add("kernels")
 # These see every room, but for the two that are built on them.
-TOP = {f"graphopt{name}" for name in ("", ".explain", ".optimize", ".optimized_model", ".torch_compile")}
+_TOP = ("", ".explain", ".optimize", ".optimized_model", ".packing", ".torch_compile")
+TOP = {f"graphopt{name}" for name in _TOP}
 SEES["top"] = {*SEES, "top"} - {"cli"}
 SEES["bench"] = {*SEES["top"]}
 SEES["cli"] = {*SEES, "top"}

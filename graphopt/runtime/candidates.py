@@ -105,18 +105,45 @@ def plan_candidates(
     ways.insert(0, (native, rewritten, (native, "eager")))
     candidates = []
     for name, graph, order in ways:
-        candidate = Candidate(name, graph, None)
-        candidates.append(candidate)
-        try:
-            plan = partition(graph, find_executors(order), target, remarks, effort)
-        except GraphoptError as error:
-            candidate.drop(error.message, remarks)
-            continue
-        if plan.steps and order[0] not in {step.executor for step in plan.steps}:
-            candidate.drop(f"{order[0]} runs no part of it", remarks)
-            continue
-        candidate.plan = plan
+        candidates.append(_compiled(name, graph, order, target, remarks, effort))
     return candidates
+
+
+def plan_packed(
+    packed: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks, effort: str = "measured"
+) -> Candidate:
+    """The way to run a model on real tokens only: on the executors insisted on, else on the fastest kind.
+
+    Args:
+        packed: the graph that packs tokens.
+        executors: as for ``plan_candidates``.
+        target: where.
+        remarks: takes what was refused.
+        effort: as for ``plan_candidates``.
+    """
+    native = "ort" if target.device.type == "cpu" else "cuda"
+    order = (native, "eager") if executors is None else tuple(executors)
+    name = native if executors is None else " + ".join(order)
+    return _compiled(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+
+
+PACKED = "padding removed"
+
+
+def _compiled(
+    name: str, graph: Graph, order: Sequence[str], target: Target, remarks: Remarks, effort: str
+) -> Candidate:
+    candidate = Candidate(name, graph, None)
+    try:
+        plan = partition(graph, find_executors(order), target, remarks, effort)
+    except GraphoptError as error:
+        candidate.drop(error.message, remarks)
+        return candidate
+    if plan.steps and order[0] not in {step.executor for step in plan.steps}:
+        candidate.drop(f"{order[0]} runs no part of it", remarks)
+        return candidate
+    candidate.plan = plan
+    return candidate
 
 
 def _is_worth_compiling(graph: Graph, target: Target) -> bool:

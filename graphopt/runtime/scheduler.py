@@ -20,6 +20,7 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
     Returns:
         The flat outputs, in order.
     """
+    plan = plan.serving(inputs)
     values: dict[str, Any] = dict(zip(plan.inputs, inputs, strict=True))
     values.update(plan.constants)
     for step in plan.steps:

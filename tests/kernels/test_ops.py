@@ -306,6 +306,7 @@ MAIN_NODES = [
     ("group_norm_silu", "an image", "InstanceNormalization"),
     ("quantized_linear", "bias", "DequantizeLinear"),
     ("masked_mean_pool", "token mask", "MatMul"),
+    ("pack_tokens", "a token a sequence", "Gather"),
     ("packed_attention", "three sequences", "Attention"),
     ("pointwise", "a gate", "Sigmoid"),
     ("embedding_layer_norm", "BERT", "LayerNormalization"),
@@ -315,6 +316,7 @@ MAIN_NODES = [
     ("rms_norm_add", "weight", "RMSNormalization"),
     ("sandwich_rms_norm", "both weights", {"any": "SkipSimplifiedLayerNormalization", "cpu": "Sum"}),
     ("quick_gelu", "CLIP", "QuickGelu"),
+    ("unpack_tokens", "holes, an empty sequence, padding on the left", "Gather"),
 ]
 
 
