@@ -157,7 +157,7 @@ def test_what_the_caller_may_see_stays_padded_by_itself() -> None:
 
 
 def test_a_pooling_of_the_first_token_is_packed_where_that_is_real() -> None:
-    """BERT's pooler reads the first position, which padding on the left, or an empty row, makes a padded one."""
+    """BERT's pooler reads the first position, which is padded on the left and in an empty row."""
     opt = optimized("bert")
     for label, mask in MASKS.items():
         packed = opt.plan.serving([call(mask)[name] for name in opt.plan.inputs]) is opt.plan
