@@ -1,4 +1,4 @@
-"""``python -m bench SUITE``: measure a suite and record its rows under ``bench/results``."""
+"""``python -m bench SUITE...``: measure suites and record their rows under ``bench/results``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, gate, kernels
+from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels
 from bench.readme import update_readme
 from bench.suites import SUITES
 from graphopt.bench import peers, table
-from graphopt.bench.case import Case, Setting
 from graphopt.bench.page import write_page
 from graphopt.bench.rows import line, read_all, require_appendable
+from graphopt.bench.setting import LIMIT, Case, Setting
 from graphopt.cli._errors import told
 from graphopt.cli.bench import run_cases
 from graphopt.observe.files import write_text
@@ -31,21 +32,25 @@ def main() -> None:
         gate.main(sys.argv[2:])
         return
     given = _parser().parse_args()
-    if given.suite in PAGES:
-        PAGES[given.suite]()
-        return
-    if given.suite == "time":
-        _time(given)
-        return
-    if given.suite == "kernels":
-        against = (given.against or "eager,inductor").split(",")
-        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
-        return
     try:
         with told(debug=given.debug):
-            raise typer.Exit(_measure(given))
+            raise typer.Exit(max([_run(name, given) for name in given.suites]))
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
+
+
+def _run(name: str, given: argparse.Namespace) -> int:
+    """What one name on the command line asks for; returns its exit code."""
+    if name in PAGES:
+        PAGES[name]()
+    elif name in ("time", "crossings"):
+        _tabled(name, given)
+    elif name == "kernels":
+        against = (given.against or "eager,inductor").split(",")
+        kernels.run(given.only, against, tuned=given.tune, record=not given.dry)
+    else:
+        return _measure(name, given)
+    return 0
 
 
 def _catalogue() -> None:
@@ -53,16 +58,19 @@ def _catalogue() -> None:
     catalogue.update_page([catalogue.measure(*case) for case in every])
 
 
-def _time(given: argparse.Namespace) -> None:
+def _tabled(name: str, given: argparse.Namespace) -> None:
+    """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
-    layers = {case: count for case, count in compile_time.CASES.items() if given.only in case}
-    rows = [compile_time.measure(case, count, threads) for case, count in layers.items()]
-    Console().print(compile_time.table(rows))
+    suite: Any = {"time": compile_time, "crossings": crossings}[name]
+    cases = {case: size for case, size in suite.CASES.items() if given.only in case}
+    rows = [suite.measure(case, size, threads) for case, size in cases.items()]
+    Console().print(suite.table(rows))
     if given.dry:
         return
-    path, command = RESULTS / "time.jsonl", f"python -m bench time --threads {threads}"
+    path = RESULTS / f"{name}.jsonl"
+    command = f"python -m bench {name} --threads {threads}"
     old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["case"] not in layers]
+    kept = [row for row in old if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
 
@@ -77,9 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Suites: " + "; ".join(f"{name}: {suite.about}" for name, suite in SUITES.items()) + ".",
     )
     parser.add_argument(
-        "suite",
-        choices=[*SUITES, "kernels", "time", *PAGES],
-        help="a suite; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        "suites",
+        nargs="+",
+        metavar="suite",
+        choices=[*SUITES, "kernels", "time", "crossings", *PAGES],
+        help="suites; or kernels: the Triton kernels, on a GPU; or time: how long optimizing takes; or"
+        " crossings: what it costs that executors share a model; or"
         " readme: only rewrite its tables; or catalogue: what is found in every architecture (and gate, with"
         " options of its own: python -m bench gate -h)",
     )
@@ -87,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="of a side's build or call; 0 for none")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
@@ -94,10 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measure(given: argparse.Namespace) -> int:
-    suite, recorded = SUITES[given.suite], RESULTS / f"{given.suite}.jsonl"
+def _measure(name: str, given: argparse.Namespace) -> int:
+    suite, recorded = SUITES[name], RESULTS / f"{name}.jsonl"
     setting = Setting(
-        tuple(peers.named(given.against or suite.against)), given.rounds, given.seconds, given.threads
+        tuple(peers.named(given.against or suite.against)),
+        given.rounds,
+        given.seconds,
+        given.threads,
+        given.limit or None,
     )
     cases = [case for case in _runnable(suite.cases) if given.only in case.name]
     if not cases:

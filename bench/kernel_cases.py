@@ -88,11 +88,19 @@ def _norms() -> Iterator[Case]:
             x, weight, _ = norm(*where)
             return x, norm(*where)[0], weight, 1e-6
 
+        def sandwich(*where: Any, norm: Any = norm) -> Any:
+            x, weight, next_weight = norm(*where)
+            return x, norm(*where)[0], weight, next_weight, 1e-6, 1e-6
+
         of = f"{rows}x{features}"
         yield Case("layer_norm", of, layer)
         yield Case("add_layer_norm", of, add_layer)
         yield Case("rms_norm", of, rms)
         yield Case("add_rms_norm", of, add_rms)
+        if rows in (1024, 16384):  # the same rows once more, and another order of sum and norm
+            yield Case("layer_norm_add", of, add_layer)
+            yield Case("rms_norm_add", of, add_rms)
+            yield Case("sandwich_rms_norm", of, sandwich)
 
 
 def _pointwise() -> Iterator[Case]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,9 @@ from bench import RESULTS
 from bench.kernel_cases import Case, cases
 from bench.product_cases import products
 from graphopt.compiler.compare import worst_error
+from graphopt.compiler.device import l2_bytes
 from graphopt.compiler.evaluate import widen
+from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import prefetched_weights
 from graphopt.kernels._tuning import tune
 from graphopt.observe.machine import commit
@@ -81,7 +82,7 @@ def measure(
     reason = case.face.refuses(*args)
     if reason is not None:
         raise SystemExit(f"{case.kernel} {case.shape}: {reason}")
-    with prefetched_weights():
+    with prefetched_weights(_tensors(args)):
         changed = tune(case.face.launch, *args, again=True) if tuned else []
     peers = {
         "eager": case.reference,
@@ -97,7 +98,7 @@ def measure(
     cost = case.cost(args)
     moved, least = cost.bytes, max(cost.bytes / peaks[0], cost.flops / peaks[1])
     sets = _copies(args, moved)
-    with prefetched_weights():
+    with prefetched_weights(_tensors(sets)):
         cold = interleaved([_calls(call, sets) for call in sides.values()])
         warm = interleaved([_calls(call, [args]) for call in sides.values()])
     best = {result.kernel: result.config.options for result in changed}
@@ -132,30 +133,15 @@ def product_rate() -> float:
 
 def interleaved(sides: Sequence[Sequence[Thunk]]) -> list[float]:
     """Median microseconds of a call of each side: a CUDA graph a side, replayed A B C, C B A."""
-    graphs = [_captured(calls) for calls in sides]
-    samples: list[list[float]] = [[] for _ in sides]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(ROUNDS):
-        for place in (*range(len(sides)), *reversed(range(len(sides)))):
-            start.record()
-            graphs[place][0].replay()
-            end.record()
-            end.synchronize()
-            samples[place].append(1e3 * start.elapsed_time(end) / len(sides[place]))
-    return [statistics.median(sample) for sample in samples]
-
-
-def _captured(calls: Sequence[Thunk]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """The graph, and the results of its calls, which must not share memory: they would stay in the cache."""
-    for _ in range(3):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = [call() for call in calls]
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph, results
+    graphs = []
+    for calls in sides:
+        for _ in range(3):  # what is compiled and allocated by first calls must not be captured
+            calls[0]()
+        torch.cuda.synchronize()
+        graphs.append(captured(calls))  # results that shared memory would stay in the cache: they are kept
+        graphs[-1][0].replay()
+    times = replayed([graph for graph, _ in graphs], ROUNDS)
+    return [us / len(calls) for us, calls in zip(times, sides, strict=True)]
 
 
 def _calls(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> list[Thunk]:
@@ -168,10 +154,14 @@ def _calls(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> list[Th
     return [bound(sets[i % len(sets)]) for i in range(count)]
 
 
+def _tensors(args: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+
+
 def _copies(args: tuple[Any, ...], moved: float) -> list[tuple[Any, ...]]:
     """Sets of arguments that together move four times the L2 cache, in at most ``MOST_BYTES`` of memory."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    held = sum(x.nbytes for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor))
+    cache = l2_bytes(torch.device("cuda", 0))
+    held = sum(x.nbytes for x in _tensors(args))
     count = max(min(math.ceil(4 * cache / moved), MOST_CALLS, MOST_BYTES // held), 2)
     return [pytree.tree_map_only(torch.Tensor, torch.clone, args) for _ in range(count)]
 

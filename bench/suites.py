@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphopt.bench.case import Case
+from graphopt.bench.setting import Case
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 
 import graphopt
 from bench.suites import SUITES
-from graphopt.bench.case import Case
 from graphopt.bench.peer import eager
 from graphopt.bench.problem import pose
+from graphopt.bench.setting import Case
 from graphopt.cli import _spec
 
 CASES = [

@@ -47,6 +47,26 @@ class LoweringError(GraphoptError):
     """An executor cannot compile or run a region."""
 
 
+class ExecutionError(GraphoptError):
+    """A plan failed while it ran: a program, or a thread that runs its steps; no results are handed out."""
+
+
+class SessionError(GraphoptError):
+    """A session cannot serve a request: it failed, or one of the kinds below."""
+
+
+class QueueFullError(SessionError):
+    """The session's queue is full, and stayed so as long as the caller would wait."""
+
+
+class DeadlineError(SessionError):
+    """A request's deadline passed before its turn came."""
+
+
+class SessionClosedError(SessionError):
+    """The session is closed, or was closed before the request's turn came."""
+
+
 class SpecError(GraphoptError):
     """A SPEC does not lead to a model."""
 

@@ -23,8 +23,9 @@ from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import InputError, TargetError
 from graphopt.ir.graph import Graph
-from graphopt.observe.report import Candidate, Report
-from graphopt.observe.snapshot import memory_of, snapshot, versions
+from graphopt.observe.memory import memory_of
+from graphopt.observe.report import BASELINE, Candidate, Report
+from graphopt.observe.snapshot import snapshot, versions
 from graphopt.optimized_model import OnMismatch, OptimizedModel
 from graphopt.packing import Padding, remove_padding, with_padded, zero_padding
 from graphopt.passes.default import pipeline
@@ -142,8 +143,9 @@ def optimize(
         if packed is not None and chosen.best is candidates[0]:
             plan = with_padded(chosen.best, candidates[1:], packed, inputs, timed=timed)
             outcome.rewrites += packed.rewrites
+        memory = memory_of(captured, plan, chosen.plan_of(BASELINE), inputs)
     outcome.rewrites[:0] = lossy
-    report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss)
+    report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss, memory)
     return OptimizedModel(captured, plan, report, original, on_mismatch, selection)
 
 
@@ -220,6 +222,7 @@ def _report(
     clock: _Clock,
     ops_before: dict[str, int],
     loss: float | None,
+    memory: dict[str, Any],
 ) -> Report:
     best = chosen.best
     assert best.plan is not None
@@ -232,7 +235,7 @@ def _report(
         candidates=[_row(candidate) for candidate in chosen.candidates],
         plan=best.plan.rows(),
         node_times=best.node_times,
-        memory=memory_of(captured, outcome.graph),
+        memory=memory,
         versions=versions(),
         seconds=clock.seconds,
         graph_before=snapshot(captured),

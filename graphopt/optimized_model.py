@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
 from graphopt.capture.outputs import Selection
+from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import GraphoptError, InputError
 from graphopt.ir.graph import Graph
 from graphopt.observe.report import Report
 from graphopt.runtime import scheduler
 from graphopt.runtime.calling import CallingConvention
 from graphopt.runtime.plan import Plan
+from graphopt.runtime.serving.batcher import Batcher
+from graphopt.runtime.serving.layout import Buckets, Sizes, layout_of
+from graphopt.runtime.serving.session import Face, Manners, Session
 
 OnMismatch = Literal["error", "fallback"]
 
@@ -51,6 +56,7 @@ class OptimizedModel(torch.nn.Module):
         self.report = report
         self.fallbacks = 0
         self._calling = CallingConvention(graph, original.forward)
+        self._sizes = Sizes.of(graph)
         # in a tuple, so that the original is no submodule: its parameters are not this module's
         self._fallback = (original,) if on_mismatch == "fallback" else ()
         self._selection = selection
@@ -79,6 +85,63 @@ class OptimizedModel(torch.nn.Module):
                 whole = self._fallback[0](*args, **kwargs)
             return whole if self._selection is None else self._selection.apply(whole)
         return self._calling.unflatten(scheduler.run(self.plan, tensors))
+
+    def session(
+        self,
+        *,
+        max_batch: int = 8,
+        max_wait_ms: float = 2.0,
+        queue_size: int = 1024,
+        timeout_s: float | None = None,
+        deadline_ms: float | None = None,
+        buckets: Buckets = True,
+        pad: Mapping[str, float] | None = None,
+        batch: str | None = None,
+        verify: int = 3,
+    ) -> Session:
+        """Serve many threads: what they ask for runs in batches.
+
+        The model needs a dynamic batch dimension; without one, or where rows turn out to depend on each
+        other, requests run one by one, and ``session.remarks`` says so.
+
+        Args:
+            max_batch: rows of a batch, at most.
+            max_wait_ms: how long a request waits for others to share its batch with.
+            queue_size: requests that wait, at most.
+            timeout_s: seconds to wait for room in the queue; 0 raises QueueFullError at once, None waits.
+            deadline_ms: after so long a request of which the turn has not come is given up.
+            buckets: requests whose dynamic lengths fall between the same two edges are padded to share a
+                batch: True for edges at 16, 32, 64, ...; False pads nothing; ``(32, 128)`` or
+                ``{"seq": (32, 128)}`` are edges.
+            pad: what padding is made of, by input; 0 where it is not named.
+            batch: the name of the batch dimension; by default the one called "batch", or else the only one
+                that comes first in every input.
+            verify: how many batches are also run one by one, to prove that neither sharing a batch nor
+                padding changes a result; what does is given up.
+
+        Raises:
+            InputError: an argument is out of its range, or names what is not there.
+        """
+        for name, value, least in (
+            ("max_batch", max_batch, 1),
+            ("max_wait_ms", max_wait_ms, 0),
+            ("queue_size", queue_size, 1),
+            ("verify", verify, 0),
+        ):
+            if not value >= least:
+                raise InputError(f"{name}={value} is too small", hint=f"{least} or above")
+        batcher = Batcher(
+            lambda tensors: scheduler.run(self.plan, tensors),
+            layout_of(self._sizes, batch, buckets, pad or {}),
+            self._calling.check_relations,
+            floor_ulps=2 * MODEL_FLOOR_ULPS,  # either of two runs may err so much, in opposite directions
+            verify=verify,
+            to_bucket=self.plan.device.type == "cuda",
+            max_batch=max_batch,
+        )
+        face = Face(self._calling.flatten, self._calling.unflatten, self.plan.device)
+        manners = Manners("", 0, deadline_ms, timeout_s)
+        return Session(batcher, face, max_wait_ms=max_wait_ms, queue_size=queue_size, manners=manners)
 
     def train(self, mode: bool = True) -> OptimizedModel:
         """Only evaluation mode exists.

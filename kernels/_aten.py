@@ -33,16 +33,14 @@ def _layer_norm_kernel(  # type: ignore[no-untyped-def]
     stride_xr,
     eps,
     D: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
-    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    weight = vector(weight_ptr, column, D, 1.0)
+    bias = vector(bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
     x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
     normed = centred_and_scaled(x, seen, D, eps)
@@ -60,13 +58,12 @@ def _layer_norm(
     out = x.new_empty(x.shape)
     x_RD = as_rows(x if len(normalized_shape) == 1 else x.flatten(-len(normalized_shape)))
     rows, features = x_RD.shape
-    weight_D, bias_D = (x if v is None else v.contiguous() for v in (weight, bias))
-    given = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    key = (rows, features, x.dtype, weight_D.dtype, *given.values())
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
+    key = (rows, features, x.dtype, *(None if v is None else v.dtype for v in vectors))
     config = choose(_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, x_RD, weight_D, bias_D, rows, x_RD.stride(0), eps)
-    launch(_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    args = (out, x_RD, *vectors, rows, x_RD.stride(0), eps)
+    launch(_layer_norm_kernel, grid, *args, early=vectors, D=features, **config.options)
     return out
 
 

@@ -49,7 +49,28 @@ class Usage:
     local: int
 
 
-def compiled(launch: Launch, capability: tuple[int, int]) -> Usage:
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel in machine code.
+
+    Args:
+        usage: what it needs.
+        ptx: the code before ptxas.
+        cubin: the code behind it.
+        early: numbers of the parameters in ``ptx`` that may be read before the kernel waits.
+    """
+
+    usage: Usage
+    ptx: str
+    cubin: bytes
+    early: tuple[int, ...]
+
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _tool("-sass", self.cubin)
+
+
+def compiled(launch: Launch, capability: tuple[int, int]) -> Compiled:
     """Compile the kernel of one launch, with early weights where the GPU can.
 
     Args:
@@ -71,7 +92,19 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> Usage:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     binary = triton.compile(_source(launch, 2 if pdl else 0), target=target, options=options)
     registers, stack, local = _usage(binary.asm["cubin"])
-    return Usage(binary.metadata.shared, 32 * launch.num_warps, registers, stack, local)
+    usage = Usage(binary.metadata.shared, 32 * launch.num_warps, registers, stack, local)
+    return Compiled(usage, binary.asm["ptx"], binary.asm["cubin"], _parameters(launch))
+
+
+def _parameters(launch: Launch) -> tuple[int, ...]:
+    """The places of what is read early among the parameters that are left: constants are none."""
+    early = {id(x) for x in launch.early}
+    left = [arg for arg in _flat(launch.args) if arg is not None and not (type(arg) is int and arg == 1)]
+    return tuple(place for place, arg in enumerate(left) if id(arg) in early)
+
+
+def _flat(args: tuple[Any, ...]) -> list[Any]:
+    return [x for arg in args for x in (_flat(arg) if isinstance(arg, tuple) else [arg])]
 
 
 def _source(launch: Launch, pdl: int) -> Any:
@@ -115,13 +148,19 @@ def _type(arg: Any, place: tuple[int, ...], attrs: dict[Any, Any], constants: di
 
 def _usage(cubin: bytes) -> tuple[int, int, int]:
     """A thread's registers, and its bytes of stack and of local memory."""
+    said = _tool("-res-usage", cubin)
+    found = _USAGE.search(said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump does not tell what a kernel uses: {said}")
+    registers, stack, _, local = map(int, found.groups())
+    return registers, stack, local
+
+
+def _tool(option: str, cubin: bytes) -> str:
+    """What cuobjdump says of machine code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         tool = triton.knobs.nvidia.cuobjdump.path
-        said = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True)
-    found = _USAGE.search(said.stdout + said.stderr)
-    if found is None:
-        raise RuntimeError(f"{tool} does not tell what a kernel uses: {said.stdout + said.stderr}")
-    registers, stack, _, local = map(int, found.groups())
-    return registers, stack, local
+        said = subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True)
+    return said.stdout + said.stderr

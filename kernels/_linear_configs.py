@@ -48,16 +48,36 @@ def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, grou
 
 
 def tma_tiles(
-    m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8, tma: int = RESIDENT
+    m: int,
+    n: int,
+    k: int,
+    warps: int,
+    stages: int,
+    splits: int = 1,
+    group: int = 8,
+    tma: int = RESIDENT,
+    halves: bool = False,
 ) -> Config:
-    """A configuration of ``_linear_tma_kernel``, whose programs are RESIDENT or EACH tile's."""
+    """A configuration of ``_linear_tma_kernel``, whose programs are RESIDENT or EACH tile's.
+
+    With ``halves`` a tile is finished and stored in two: at 128x256 the shared memory that it leaves is one
+    more step on its way, 4 instead of 3.
+    """
     found = tiles(m, n, k, warps, stages, splits, group)
-    return Config({**found.tiles, "TMA": tma}, warps, stages)
+    return Config({**found.tiles, "TMA": tma, "HALVES": int(halves)}, warps, stages)
 
 
 @functools.lru_cache(maxsize=1024)
 def linear_configs(
-    M: int, N: int, K: int, itemsize: int, chip: Chip, tma: bool, then_summed: bool, finished: bool
+    M: int,
+    N: int,
+    K: int,
+    itemsize: int,
+    chip: Chip,
+    tma: bool,
+    then_summed: bool,
+    finished: bool,
+    residual: bool = False,
 ) -> tuple[Config, ...]:
     """How a product may be cut up, the likeliest first.
 
@@ -70,11 +90,12 @@ def linear_configs(
         tma: whether they may be moved by TMA.
         then_summed: whether a kernel follows that adds up partial sums at no cost.
         finished: whether the product alone is not all, so that cuBLAS's needs a kernel after it.
+        residual: whether the kernel adds one.
     """
     few = M <= FEW_ROWS
     found = _few_rows(M, N, K, chip, tma, then_summed) if few else _many_rows(M, N, chip, tma)
     found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
-    fitting = tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+    fitting = tuple(config for config in found if _shared(config, itemsize, residual=residual) <= chip.shared)
     if not finished:
         return fitting
     # Many rows keep cuBLAS busier than the tiles here, and a norm reads the product from L2 either way.
@@ -120,7 +141,9 @@ def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
 
     (4096, 768) to 3072 with GELU, 39.0 us, cuBLAS and a kernel for GELU 54.0: 128x256. (1024, 768) to 768,
     the norm included, 7.31 us, cuBLAS and the same norm 8.46: 64x128. The product alone cuBLAS makes faster:
-    (1024, 768) to 2304 in 8.9 us against 11.4, (4096, 768) to 2304 in 25.9 us against 30.0.
+    (1024, 768) to 2304 in 8.9 us against 11.4, (4096, 768) to 2304 in 25.9 us against 30.0. Warps of their
+    own for TMA are not among them: of the loop here Triton 3.9 makes none on sm_90 (with four warps its pass
+    fails, with eight it leaves the loop as it is).
     """
     if not tma:
         return (
@@ -135,6 +158,9 @@ def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
         tma_tiles(64, 128, 128, 4, 4),
         tma_tiles(64, 256, 64, 4, 4),
         tma_tiles(128, 128, 64, 8, 4),
+        tma_tiles(128, 256, 64, 8, 4, halves=True),
+        tma_tiles(128, 256, 64, 8, 3, halves=True),
+        tma_tiles(128, 128, 128, 8, 3, halves=True),
     ]
     likely = next((c for c in found if _busy(c, M, N, chip) >= 0.7), found[2])
     return (likely, *(config for config in found if config != likely))
@@ -161,8 +187,13 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
     return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
 
 
-def _shared(config: Config, itemsize: int, weights: int = 1) -> int:
-    """Bytes of shared memory: the tiles under way, and with TMA the finished one."""
+def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:
+    """Bytes of shared memory: the tiles under way, and with TMA the finished one, or half of it.
+
+    A residual comes to its threads through as much again: 128x256x64 in halves with 4 steps needs 229 KB
+    without one, 262 KB with it.
+    """
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     finished = m * n * itemsize if config.tiles.get("TMA") and config.tiles["SPLITS"] == 1 else 0
+    finished = finished // (1 + config.tiles.get("HALVES", 0)) * (1 + residual)
     return (m + weights * n) * k * itemsize * config.num_stages + finished + 1024

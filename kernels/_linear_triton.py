@@ -159,6 +159,28 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _store_tile(  # type: ignore[no-untyped-def]
+    out_desc,
+    bias_ptr,
+    residual_ptr,
+    acc,
+    row,
+    column,
+    M,
+    N,
+    stride_rm,
+    parameter,
+    ACTIVATION: tl.constexpr,
+):
+    """Finish sums, and store them by TMA, which leaves out what is past the end."""
+    rows = row + tl.arange(0, acc.shape[0])
+    columns = column + tl.arange(0, acc.shape[1])
+    acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
+    acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+    out_desc.store([row, column], acc.to(out_desc.dtype))
+
+
+@jit
 def _linear_tma_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     weight_ptr,
@@ -179,6 +201,7 @@ def _linear_tma_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    HALVES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -201,13 +224,23 @@ def _linear_tma_kernel(  # type: ignore[no-untyped-def]
             k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
             x = x_desc.load([row, k])
             acc = dot(x, weight_desc.load([column, k]).T, acc)
-        rows = row + tl.arange(0, BLOCK_M)
-        columns = column + tl.arange(0, BLOCK_N)
-        if SPLITS == 1:
-            acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-            acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
-            out_desc.store([row, column], acc.to(out_desc.dtype))
+        if SPLITS == 1 and HALVES:  # one after the other: half the shared memory, and fewer registers
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+            _store_tile(
+                out_desc, bias_ptr, residual_ptr, left, row, column, M, N, stride_rm, parameter, ACTIVATION
+            )
+            column += HALF
+            _store_tile(
+                out_desc, bias_ptr, residual_ptr, right, row, column, M, N, stride_rm, parameter, ACTIVATION
+            )
+        elif SPLITS == 1:
+            _store_tile(
+                out_desc, bias_ptr, residual_ptr, acc, row, column, M, N, stride_rm, parameter, ACTIVATION
+            )
         else:
+            rows = row + tl.arange(0, BLOCK_M)
+            columns = column + tl.arange(0, BLOCK_N)
             inside = (rows < M)[:, None] & (columns < N)[None, :]
             offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
             tl.store(out_ptr + offsets, acc, mask=inside)
@@ -285,7 +318,7 @@ def products(
         parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n)
         programs = parts if tma == EACH else min(parts, processors(x.device))
         moved = described(x, m, k), described(weight, n, k)
-        result = described(out, m, n) if splits == 1 else None
+        result = described(out, m, n // 2 if constants["HALVES"] else n) if splits == 1 else None
         numbers = M, N, K, weight.stride(0), stride_rm, parameter
         args = out, weight, *moved, bias, residual, result
         launch(_linear_tma_kernel, (programs,), *args, *numbers, **constants)
@@ -316,7 +349,7 @@ def project(
     (M, _), N = x_MK.shape, weight.shape[0]
     bias_N = None if bias is None else bias.contiguous()
     finished = residual is not None or activation != "none"
-    config = chosen(x_MK, weight, finished=finished)
+    config = chosen(x_MK, weight, finished=finished, residual=residual is not None)
     if config.tiles.get("SPLITS") == 1:
         out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
     else:
@@ -330,7 +363,9 @@ def project(
     return out.view(*x.shape[:-1], N)
 
 
-def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False) -> Config:
+def chosen(
+    x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: bool = False, residual: bool = False
+) -> Config:
     """The configuration for a product.
 
     Args:
@@ -338,12 +373,13 @@ def chosen(x: torch.Tensor, weight: torch.Tensor, finished: bool, then_summed: b
         weight: (N, K).
         finished: whether something is done to the product.
         then_summed: whether by a kernel that adds up partial sums at no cost.
+        residual: whether one is added in the product's own kernel.
     """
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
     chip = Chip(processors(x.device), shared_memory(x.device))
-    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed
-    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished)
+    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed, residual
+    candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished, residual)
     return choose(_linear_kernel, x.device, named, candidates)
 
 

@@ -114,9 +114,9 @@ def row_pointers(ptr, row, column, stride):  # type: ignore[no-untyped-def]
 
 
 @jit
-def vector(ptr, column, D: tl.constexpr, GIVEN: tl.constexpr, default: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A value a feature, (1, D) in float32; the default where no vector is given."""
-    if GIVEN:
+def vector(ptr, column, D: tl.constexpr, default: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A value a feature, (1, D) in float32; the default where there is no vector."""
+    if ptr is not None:
         value = tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32)
     else:
         value = tl.full(column.shape, default, tl.float32)

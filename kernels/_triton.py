@@ -2,21 +2,33 @@
 
 A kernel is written with ``jit`` and started with ``launch``, which adds programmatic dependent launch (PDL)
 where the GPU has it: a kernel's programs start while those of the kernel before still run, and wait for them.
-Three rules keep that right, and ``wait_for_all`` and ``wait_for_inputs`` are how a kernel obeys them:
+These rules keep that right; ``wait_for_all`` and ``wait_for_inputs`` are how a kernel obeys them, and
+``tests/kernels/test_dependent_launch.py`` looks for each in the machine code:
 
-- every program waits, on whichever path it takes, so that a kernel that is done means that all before it are;
-- nothing is written before the wait: the kernel before may still read that memory;
-- what is read before the wait was written by no kernel in flight. A launcher cannot know that of a weight, so
-  weights are read early only inside ``prefetched_weights()``, for an executor that knows its constants.
+- Every program waits, on whichever path it takes: none leaves early. The wait is for the end of the kernel
+  before, and is no more than that. Only because that kernel waited as well does its end mean that all before
+  it are done: their results can be seen, and what they read may be written, new tensors in old memory too.
+- Nothing is written before the wait, partial sums included: the kernel before may still read that memory.
+- What is read before the wait was written by no kernel in flight. A launcher names such tensors (``early``),
+  and ``launch`` lets the kernel read them early only where each is one of the constants that an executor has
+  vouched for (``prefetched_weights``): not a weight that another node computes, nor a contiguous copy that
+  the launcher itself has just made. Bringing weights into L2 is not reading: L2 sees every later write.
+- The wait stands in no loop. Triton's pipeliner moves the loads of a loop's first turns ahead of the loop,
+  and so past a wait inside it.
+- Memory is counted on by nobody before it is written: no counter or semaphore has to be zero at entry.
+- TMA descriptors are passed by value. They hold an address, as a pointer does: in a CUDA graph that of its
+  own memory, or of a constant, which both stay as long as the graph.
 
-Its own dependents a kernel lets go at once: they wait for its end, not for that call.
+Its own dependents a kernel lets go at once, before it has read anything: they wait for its end, not for that
+call. A kernel of ours may thus stand before any other: one that is started with PDL waits, ours by these
+rules and NVIDIA's by its own, and one that is not is started when all before it is done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +54,7 @@ __all__ = [
     "capability",
     "compile_time",
     "constant",
+    "dependence",
     "jit",
     "last_contiguous",
     "launch",
@@ -65,7 +78,7 @@ WITH_PDL = (9, 0)
 _INTERPRETED = None if tl is None else tl.constexpr(INTERPRETED)  # as a kernel may read it
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
-_prefetch: ContextVar[bool] = ContextVar("graphopt_prefetched_weights", default=False)
+_constants: ContextVar[frozenset[int] | None] = ContextVar("graphopt_prefetched_weights", default=None)
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class Launch:
         constants: compile-time arguments by name, ``PDL`` excepted.
         num_warps: a program's warps, of 32 threads each.
         num_stages: of the software pipeline.
+        early: those of the arguments that are read before the wait.
     """
 
     kernel: Any
@@ -121,10 +135,17 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    early: tuple[torch.Tensor, ...] = ()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    early: Any = (),  # Iterable[Tensor | None]; to mypy **options could be one
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
 ) -> None:
     """Start a kernel on the device of its first tensor; one without programs is not started.
 
@@ -132,18 +153,20 @@ def launch(
         kernel: made by ``jit``; takes the compile-time argument ``PDL`` last.
         grid: programs along each of up to three axes.
         args: runtime arguments, in the kernel's order.
+        early: those that the kernel reads between ``wait_for_all`` and ``wait_for_inputs``.
         num_warps: a program's warps, of 32 threads each.
         num_stages: of the software pipeline.
         constants: compile-time arguments by name.
     """
     if 0 in grid:
         return
+    read = tuple(x for x in early if x is not None)
     recorded = _recorded.get()
     if recorded is not None:
-        recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read))
         return
     device = _device_of(args)
-    pdl = 0 if INTERPRETED or capability(device) < WITH_PDL else 2 if _prefetch.get() else 1
+    pdl = dependence(device, read)
     options = {
         "num_warps": num_warps,
         "num_stages": num_stages,
@@ -181,16 +204,38 @@ def standing_in_for(gpu: Gpu) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prefetched_weights() -> Iterator[None]:
+def prefetched_weights(constants: Iterable[torch.Tensor]) -> Iterator[None]:
     """Let kernels launched inside the block read weights before the kernels ahead of them are done.
 
-    For an executor whose weights are constants: no kernel in flight may write one.
+    Args:
+        constants: what may be read so: no kernel in flight writes their memory, in a graph or ahead of it.
     """
-    token = _prefetch.set(True)
+    token = _constants.set(frozenset(_memory(x) for x in constants))
     try:
         yield
     finally:
-        _prefetch.reset(token)
+        _constants.reset(token)
+
+
+def dependence(device: torch.device, early: Iterable[torch.Tensor]) -> int:
+    """How a kernel depends on those before it: the value of its ``PDL``.
+
+    Args:
+        device: that it runs on.
+        early: what it would read before the wait.
+
+    Returns:
+        0 without programmatic dependent launch, 1 with it, 2 where it may read weights before it waits.
+    """
+    if INTERPRETED or capability(device) < WITH_PDL:
+        return 0
+    constants = _constants.get()
+    return 2 if constants is not None and all(_memory(x) in constants for x in early) else 1
+
+
+def _memory(x: torch.Tensor) -> int:
+    """The address of what a tensor is a view of."""
+    return x.untyped_storage().data_ptr()
 
 
 def refuse(*tensors: torch.Tensor | None) -> str | None:

@@ -8,10 +8,10 @@ for every kernel, key, GPU, version of Triton and torch, and hash of the kernel'
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 
+from graphopt.kernels._capture import own_stream
+from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import recorded_launches, stand_in, triton
 
 Key = tuple[Hashable, ...]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
-REPEATS, ROUNDS = 20, 25  # launches in a graph, and replays of it, for every candidate
+REPEATS, ROUNDS = 20, 13  # launches in a graph, and half its replays, for every candidate
 
 
 @dataclass(frozen=True)
@@ -191,24 +193,20 @@ def _force(question: _Question, config: Config) -> Iterator[None]:
 
 def interleaved(thunks: Sequence[Callable[[], Any]]) -> list[float]:
     """Median microseconds of each thunk, from replays of CUDA graphs in turn; the L2 cache is warm."""
-    graphs = []
-    stream = torch.cuda.Stream()
-    for thunk in thunks:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(REPEATS):
-                thunk()
-        graphs.append(graph)
-    samples: list[list[float]] = [[] for _ in graphs]
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(ROUNDS):
-        for graph, sample in zip(graphs, samples, strict=True):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            sample.append(start.elapsed_time(end) * 1e3 / REPEATS)
-    return [statistics.median(sample) for sample in samples]
+
+    def repeat(thunk: Callable[[], Any]) -> None:  # no result is kept: the next call may have its memory
+        for _ in range(REPEATS):
+            thunk()
+
+    stream = _stream(torch.cuda.current_device())
+    graphs = [captured([functools.partial(repeat, thunk)], stream)[0] for thunk in thunks]
+    return [us / REPEATS for us in replayed(graphs, ROUNDS)]
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """The stream that all candidates of a GPU are captured on; none outlives its comparison."""
+    return own_stream(torch.device("cuda", index))
 
 
 # On disk
@@ -266,12 +264,16 @@ def _write(question: _Question, config: Config, us: list[float | None]) -> None:
     facts = _circumstances(question)
     path = _path(question, facts)
     text = json.dumps({"for": facts, "config": asdict(config), "us": us}, indent=1)
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            part = Path(file.name)
             file.write(text)
-        Path(file.name).replace(path)
+        part.replace(path)
     except OSError as error:
+        if part is not None:  # a full disk wants it gone
+            part.unlink(missing_ok=True)
         warnings.warn(
             f"{path} cannot be written, the tuning lasts this process: {error}", RuntimeWarning, stacklevel=3
         )

@@ -105,16 +105,14 @@ def _add_layer_norm_kernel(  # type: ignore[no-untyped-def]
     eps,
     D: tl.constexpr,
     PERIODIC: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
-    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    weight = vector(weight_ptr, column, D, 1.0)
+    bias = vector(bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
     x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
     residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
@@ -136,17 +134,13 @@ def _launch(
     x_RD = as_rows(x)
     rows, features = x_RD.shape
     wide, *layout = broadcast_rows(residual, x.shape)
-    weight_D, bias_D = (x if v is None else v.contiguous() for v in (weight, bias))
-    given = {
-        "PERIODIC": layout[0] < rows,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-    }
-    key = (rows, features, x.dtype, residual.dtype, *given.values())
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
+    constants = {"D": features, "PERIODIC": layout[0] < rows}
+    key = (rows, features, x.dtype, residual.dtype, layout[0] < rows, *(v is not None for v in vectors))
     config = choose(_add_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, total, x_RD, wide, weight_D, bias_D, rows, x_RD.stride(0), *layout, eps)
-    launch(_add_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    args = (out, total, x_RD, wide, *vectors, rows, x_RD.stride(0), *layout, eps)
+    launch(_add_layer_norm_kernel, grid, *args, early=vectors, **constants, **config.options)
     return out, total
 
 

@@ -3,7 +3,8 @@
     out = act(conv(x, weight) + bias + residual)
 
 ``act`` is one of the activations in ``_activations.py``; with "none" it is left out. The residual comes
-before the activation, as in a residual network's block.
+before the activation, as in a residual network's block. There is no Triton kernel of it: on a GPU cuDNN
+makes the convolution, and where the activation is a relu the rest in the same kernel.
 
 Source: He et al., Deep Residual Learning for Image Recognition (arXiv:1512.03385).
 """

@@ -19,10 +19,27 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
+from graphopt.kernels._rows import (
+    LONGEST,
+    centred_and_scaled,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    vector,
+)
 from graphopt.kernels._shape import nbytes, require, require_floating, require_last_dim, shape_of
-from graphopt.kernels._triton import jit, last_contiguous, launch, refuse, tl, wait_for_all, wait_for_inputs
-from graphopt.kernels._tuning import choose
+from graphopt.kernels._triton import (
+    jit,
+    last_contiguous,
+    launch,
+    processors,
+    refuse,
+    tl,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config, choose
 
 SCHEMA = (
     "(Tensor input_ids, Tensor word_table, Tensor? position_ids, Tensor? position_table,"
@@ -147,24 +164,27 @@ def _embedding_layer_norm_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HAS_TYPES: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A program takes a tile of rows in each of its turns, as many programs apart: weight and bias stay."""
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
-    bias = vector(bias_ptr, column, D, HAS_BIAS, 0.0)
+    weight = vector(weight_ptr, column, D, 1.0)
+    bias = vector(bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
-    total = _embedded(words, row, column, seen, rows, length)
-    if HAS_TYPES:
-        total += _embedded(types, row, column, seen, rows, length)
-    if HAS_POSITIONS:
-        total += _embedded(positions, row, column, seen, rows, length)
-    normed = centred_and_scaled(total, seen, D, eps)
-    tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
+    for _ in tl.static_range(TURNS):
+        total = _embedded(words, row, column, seen, rows, length)
+        if HAS_TYPES:
+            total += _embedded(types, row, column, seen, rows, length)
+        if HAS_POSITIONS:
+            total += _embedded(positions, row, column, seen, rows, length)
+        normed = centred_and_scaled(total, seen, D, eps)
+        tl.store(row_pointers(out_ptr, row, column, D), normed * weight + bias, mask=seen)
+        row += tl.num_programs(0) * BLOCK_R
+        seen = (row < rows) & (column < D)
 
 
 def _looked_up(ids_BS: torch.Tensor, table_VD: torch.Tensor) -> tuple[Any, ...]:
@@ -172,6 +192,22 @@ def _looked_up(ids_BS: torch.Tensor, table_VD: torch.Tensor) -> tuple[Any, ...]:
     table_VD = last_contiguous(table_VD)
     stride_b = 0 if ids_BS.shape[0] == 1 else ids_BS.stride(0)
     return ids_BS, table_VD, table_VD.shape[0], stride_b, ids_BS.stride(1), table_VD.stride(0)
+
+
+def _configs(rows: int, features: int, device: torch.device) -> list[Config]:
+    """As for other rows, and for many of them several turns a program.
+
+    A row is one of a table that is not in any cache, and two that are; weight and bias are as much again to
+    read from L2. A program that keeps them for the rows of its later turns has a third less to read.
+    """
+    once = row_configs(rows, features, device)
+    found = [Config({**config.tiles, "TURNS": 1}, config.num_warps) for config in once]
+    block = once[0].tiles["BLOCK_D"]
+    for together, turns, warps in ((1, 4, 2), (1, 8, 4), (2, 2, 4), (2, 4, 4), (4, 2, 8)):
+        enough = rows >= 4 * processors(device) * together * turns
+        if enough and together * block <= LONGEST and block >= 32 * warps:
+            found.append(Config({"BLOCK_R": together, "BLOCK_D": block, "TURNS": turns}, warps))
+    return found
 
 
 def _launch(
@@ -189,23 +225,18 @@ def _launch(
     rows, length, features = input_ids.numel(), input_ids.shape[1], word_table.shape[1]
     out = word_table.new_empty((*input_ids.shape, features))
     pairs = [(input_ids, word_table), (token_type_ids, token_type_table), (position_ids, position_table)]
-    given = {
-        "HAS_TYPES": token_type_ids is not None,
-        "HAS_POSITIONS": position_ids is not None,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-    }
+    given = {"HAS_TYPES": token_type_ids is not None, "HAS_POSITIONS": position_ids is not None}
     words, types, positions = (
         _looked_up(input_ids, word_table) if ids is None or table is None else _looked_up(ids, table)
         for ids, table in pairs
     )
-    weight_D, bias_D = (word_table if v is None else v.contiguous() for v in (weight, bias))
-    key = (rows, length, features, word_table.dtype, *given.values())
-    configs = row_configs(rows, features, word_table.device)
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
+    key = (rows, length, features, word_table.dtype, *given.values(), *(v is not None for v in vectors))
+    configs = _configs(rows, features, word_table.device)
     config = choose(_embedding_layer_norm_kernel, word_table.device, key, configs)
-    grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, words, types, positions, weight_D, bias_D, rows, length, eps)
-    launch(_embedding_layer_norm_kernel, grid, *args, D=features, **given, **config.options)
+    grid = (-(-rows // (config.tiles["BLOCK_R"] * config.tiles["TURNS"])),)
+    args = (out, words, types, positions, *vectors, rows, length, eps)
+    launch(_embedding_layer_norm_kernel, grid, *args, early=vectors, D=features, **given, **config.options)
     return out
 
 

@@ -16,10 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._rows import (
+    broadcast_rows,
+    broadcast_tile,
+    centred_and_scaled,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    vector,
+)
 from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_residual, total_bytes
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> Tensor"
 
@@ -73,6 +85,67 @@ def _cost(
     return Cost(flops=9.0 * x.numel(), bytes=nbytes(x, residual, weight, bias) + total_bytes(x, residual))
 
 
+@jit
+def _layer_norm_add_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    stride_xr,
+    inner,
+    stride_outer,
+    stride_inner,
+    eps,
+    D: tl.constexpr,
+    PERIODIC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, 1.0)
+    bias = vector(bias_ptr, column, D, 0.0)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
+    normed = centred_and_scaled(x, seen, D, eps) * weight + bias
+    tl.store(row_pointers(out_ptr, row, column, D), residual + normed, mask=seen)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    wide, *layout = broadcast_rows(residual, x.shape)
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
+    constants = {"D": features, "PERIODIC": layout[0] < rows}
+    key = (rows, features, x.dtype, residual.dtype, layout[0] < rows, *(v is not None for v in vectors))
+    config = choose(_layer_norm_add_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, x_RD, wide, *vectors, rows, x_RD.stride(0), *layout, eps)
+    launch(_layer_norm_add_kernel, grid, *args, early=vectors, **constants, **config.options)
+    return out
+
+
+def _refuses(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> str | None:
+    return refuse(x, residual, weight, bias) or refuse_row(x.shape[-1])
+
+
 def _onnx(x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float) -> Any:
     return lowering.added(lowering.layer_norm(x, x, weight, bias, eps), x, residual, op.Sum)
 
@@ -102,4 +175,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, x, weight, weight.double(), 1e-5), match="bias is torch.float64")
 
 
-OP = register(Op("layer_norm_add", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("layer_norm_add", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -120,9 +120,9 @@ def _split_norm_kernel(  # type: ignore[no-untyped-def]
 ):
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    bias = vector(bias_ptr, column, D, bias_ptr is not None, 0.0)
-    norm_weight = vector(norm_weight_ptr, column, D, norm_weight_ptr is not None, 1.0)
-    norm_bias = vector(norm_bias_ptr, column, D, norm_bias_ptr is not None, 0.0)
+    bias = vector(bias_ptr, column, D, 0.0)
+    norm_weight = vector(norm_weight_ptr, column, D, 1.0)
+    norm_bias = vector(norm_bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
     residual = tl.load(residual_ptr + row * stride_rr + column, mask=seen, other=0.0).to(tl.float32)
     total = sum_splits(partial_ptr, row * D + column, seen, rows.to(tl.int64) * D, SPLITS) + bias + residual
@@ -148,11 +148,10 @@ def _launch(
     splits = parts.tiles.get("SPLITS", 1)
     key = M, D, x.dtype, splits
     config = choose(_split_norm_kernel, x.device, key, row_configs(M, D, x.device))
-    vectors = (None if v is None else v.contiguous() for v in (norm_weight, norm_bias))
-    bias_D = None if bias is None else bias.contiguous()
-    args = normed, total, partial, bias_D, residual_MD, *vectors, M, residual_MD.stride(0), eps
+    vectors = [None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias)]
+    args = normed, total, partial, vectors[0], residual_MD, *vectors[1:], M, residual_MD.stride(0), eps
     grid = (-(-M // config.tiles["BLOCK_R"]),)
-    launch(_split_norm_kernel, grid, *args, D=D, SPLITS=splits, **config.options)
+    launch(_split_norm_kernel, grid, *args, early=vectors, D=D, SPLITS=splits, **config.options)
     return normed, total
 
 

@@ -2,6 +2,8 @@
 
     out = x @ ((weight - zero_point) * scale).T + bias
 
+ONNX Runtime has kernels for it on the CPU; there is none in Triton, and on a GPU the weight is widened first.
+
 Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference (arXiv:1712.05877), of the weights alone.
 """

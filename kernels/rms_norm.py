@@ -66,14 +66,13 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     stride_xr,
     eps,
     D: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_all(PDL)
     row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
-    weight = vector(weight_ptr, column, D, HAS_WEIGHT, 1.0)
+    weight = vector(weight_ptr, column, D, 1.0)
     wait_for_inputs(PDL)
     x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
     tl.store(row_pointers(out_ptr, row, column, D), scaled(x, seen, D, eps) * weight, mask=seen)
@@ -83,13 +82,12 @@ def _launch(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.T
     out = x.new_empty(x.shape)
     x_RD = as_rows(x)
     rows, features = x_RD.shape
-    weight_D = x if weight is None else weight.contiguous()
-    key = (rows, features, x.dtype, weight_D.dtype, weight is None)
+    weight_D = None if weight is None else weight.contiguous()
+    key = (rows, features, x.dtype, None if weight is None else weight.dtype)
     config = choose(_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device))
     grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    constants = {"D": features, "HAS_WEIGHT": weight is not None}
-    stride = x_RD.stride(0)
-    launch(_rms_norm_kernel, grid, out, x_RD, weight_D, rows, stride, eps, **constants, **config.options)
+    args = (out, x_RD, weight_D, rows, x_RD.stride(0), eps)
+    launch(_rms_norm_kernel, grid, *args, early=(weight_D,), D=features, **config.options)
     return out
 
 

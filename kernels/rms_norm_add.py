@@ -15,10 +15,20 @@ from typing import Any
 
 import torch
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels import rms_norm
 from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._rows import (
+    broadcast_rows,
+    broadcast_tile,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    scaled,
+    vector,
+)
 from graphopt.kernels._shape import (
     nbytes,
     require_floating,
@@ -27,6 +37,8 @@ from graphopt.kernels._shape import (
     require_weight,
     total_bytes,
 )
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, float eps) -> Tensor"
 
@@ -65,6 +77,54 @@ def _cost(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, 
     return Cost(flops=5.0 * x.numel(), bytes=nbytes(x, residual, weight) + total_bytes(x, residual))
 
 
+@jit
+def _rms_norm_add_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    rows,
+    stride_xr,
+    inner,
+    stride_outer,
+    stride_inner,
+    eps,
+    D: tl.constexpr,
+    PERIODIC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, 1.0)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
+    total = residual + scaled(x, seen, D, eps) * weight
+    tl.store(row_pointers(out_ptr, row, column, D), total, mask=seen)
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    wide, *layout = broadcast_rows(residual, x.shape)
+    weight_D = None if weight is None else weight.contiguous()
+    constants = {"D": features, "PERIODIC": layout[0] < rows}
+    weight_dtype = None if weight is None else weight.dtype
+    key = (rows, features, x.dtype, residual.dtype, weight_dtype, layout[0] < rows)
+    config = choose(_rms_norm_add_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, x_RD, wide, weight_D, rows, x_RD.stride(0), *layout, eps)
+    launch(_rms_norm_add_kernel, grid, *args, early=(weight_D,), **constants, **config.options)
+    return out
+
+
+def _refuses(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float) -> str | None:
+    return refuse(x, residual, weight) or refuse_row(x.shape[-1])
+
+
 def _onnx(x: Value, residual: Value, weight: Value | None, eps: float) -> Any:
     return lowering.added(lowering.rms_norm(x, x, weight, eps), x, residual, op.Add)
 
@@ -93,4 +153,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, x.double(), weight, 1e-6), match="residual is torch.float64")
 
 
-OP = register(Op("rms_norm_add", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("rms_norm_add", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -18,10 +18,20 @@ from typing import Any
 
 import torch
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import _onnx as lowering
 from graphopt.kernels import add_rms_norm, rms_norm
 from graphopt.kernels._onnx import Value
+from graphopt.kernels._rows import (
+    broadcast_rows,
+    broadcast_tile,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    scaled,
+    vector,
+)
 from graphopt.kernels._shape import (
     nbytes,
     require_floating,
@@ -30,6 +40,8 @@ from graphopt.kernels._shape import (
     require_weight,
     total_bytes,
 )
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import choose
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? next_weight, float eps, float next_eps)"
@@ -97,6 +109,75 @@ def _cost(
     return Cost(flops=9.0 * x.numel(), bytes=moved)
 
 
+@jit
+def _sandwich_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    total_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    next_weight_ptr,
+    rows,
+    stride_xr,
+    inner,
+    stride_outer,
+    stride_inner,
+    eps,
+    next_eps,
+    D: tl.constexpr,
+    PERIODIC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_all(PDL)
+    row, column, seen = row_tile(rows, D, BLOCK_R, BLOCK_D)
+    weight = vector(weight_ptr, column, D, 1.0)
+    next_weight = vector(next_weight_ptr, column, D, 1.0)
+    wait_for_inputs(PDL)
+    x = tl.load(row_pointers(x_ptr, row, column, stride_xr), mask=seen, other=0.0).to(tl.float32)
+    residual = broadcast_tile(residual_ptr, row, column, seen, inner, stride_outer, stride_inner, PERIODIC)
+    total = (residual + scaled(x, seen, D, eps) * weight).to(total_ptr.dtype.element_ty)
+    tl.store(row_pointers(total_ptr, row, column, D), total, mask=seen)
+    normed = scaled(total.to(tl.float32), seen, D, next_eps) * next_weight
+    tl.store(row_pointers(out_ptr, row, column, D), normed, mask=seen)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    eps: float,
+    next_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = x.new_empty(x.shape)
+    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    wide, *layout = broadcast_rows(residual, x.shape)
+    vectors = tuple(None if v is None else v.contiguous() for v in (weight, next_weight))
+    constants = {"D": features, "PERIODIC": layout[0] < rows}
+    dtypes = x.dtype, residual.dtype, *(None if v is None else v.dtype for v in vectors)
+    key = (rows, features, *dtypes, layout[0] < rows)
+    config = choose(_sandwich_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (out, total, x_RD, wide, *vectors, rows, x_RD.stride(0), *layout, eps, next_eps)
+    launch(_sandwich_rms_norm_kernel, grid, *args, early=vectors, **constants, **config.options)
+    return out, total
+
+
+def _refuses(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    next_weight: torch.Tensor | None,
+    eps: float,
+    next_eps: float,
+) -> str | None:
+    return refuse(x, residual, weight, next_weight) or refuse_row(x.shape[-1])
+
+
 def _onnx(
     x: Value, residual: Value, weight: Value | None, next_weight: Value | None, eps: float, next_eps: float
 ) -> tuple[Any, Any]:
@@ -132,4 +213,7 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, x.double(), weight, weight, 1e-6, 1e-6), match="residual is torch.float64")
 
 
-OP = register(Op("sandwich_rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(
+    Op("sandwich_rms_norm", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON)
+)

@@ -23,8 +23,10 @@ SEES["passes"] = {"ir", "compiler", "kernels"}
 for room in ("gate", "observe", "runtime"):
     SEES[room].add("kernels")
 # These see every room, but for the two that are built on them.
-_TOP = ("", ".explain", ".optimize", ".optimized_model", ".packing", ".torch_compile")
-TOP = {f"graphopt{name}" for name in _TOP}
+TOP = {
+    f"graphopt{name}"
+    for name in ("", "._face", ".explain", ".optimize", ".optimized_model", ".packing", ".torch_compile")
+}
 SEES["top"] = {*SEES, "top"} - {"cli"}
 SEES["bench"] = {*SEES["top"]}
 SEES["cli"] = {*SEES, "top"}

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import graphopt
+from graphopt.bench.inputs import real_only
 from graphopt.bench.peer import Problem, eager
 from graphopt.bench.peers import PEERS
 from graphopt.bench.problem import Model, device_named, own_stream, pose
 from graphopt.bench.results import results
 from graphopt.bench.rows import FORMAT, SCHEMA
+from graphopt.bench.setting import Case, Row, Setting, command_of
 from graphopt.bench.side import BUILD, Side, Tell, build_peers, check, time_sides
 from graphopt.capture.export import capture_any
+from graphopt.compiler.compare import Comparison
 from graphopt.compiler.reference import computed, output_reference
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.observe.energy import counter
@@ -29,72 +30,7 @@ from graphopt.observe.memory import PeakMemory
 from graphopt.observe.snapshot import versions
 from graphopt.optimized_model import OptimizedModel
 
-Row = dict[str, Any]
-
 _PEER_PACKAGES = ("openvino", "tensorrt", "torch-tensorrt", "torchvision", "triton")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured.
-
-    Args:
-        spec: the model's SPEC.
-        sizes: what its factory is asked for: ``batch``, ``seq``, and others that it takes.
-        dtype: that model and inputs are cast to; None leaves them.
-        lengths: ``"real"`` for a ragged batch; None for a full one.
-        device: "cpu", "cuda", "cuda:1"; "auto" for where the model is.
-        seed: of PyTorch while the model is made, and of the lengths.
-        label: what a suite calls it; "" for a name made of the above.
-    """
-
-    spec: str
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    dtype: str | None = None
-    lengths: str | None = None
-    device: str = "auto"
-    seed: int = 0
-    label: str = ""
-
-    @property
-    def name(self) -> str:
-        """One line that no other case of a run has."""
-        if self.label:
-            return self.label
-        sizes = [f"{name}={value}" for name, value in self.sizes.items()]
-        lengths = [f"{self.lengths} lengths"] if self.lengths else []
-        device = [self.device] if self.device != "auto" else []
-        return " ".join([self.spec, *sizes, *filter(None, [self.dtype]), *lengths, *device])
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How long and how often to measure, and against whom.
-
-    Args:
-        against: peers, by name.
-        rounds: rounds a case at most; each runs every side once forwards and once backwards.
-        seconds: begin no round after so many; None for all rounds.
-        threads: of every side on a CPU; None for PyTorch's default.
-    """
-
-    against: tuple[str, ...] = ("eager", "inductor", "onnxruntime")
-    rounds: int = 30
-    seconds: float | None = None
-    threads: int | None = None
-
-
-def command_of(case: Case, setting: Setting) -> str:
-    """The command that measures one case, to be typed by anybody."""
-    words = ["graphopt", "bench", case.spec, "--against", ",".join(setting.against)]
-    for name, value in case.sizes.items():
-        words += [f"--{name}", str(value)] if name in ("batch", "seq") else ["--set", f"{name}={value}"]
-    for name, given in (("dtype", case.dtype), ("lengths", case.lengths)):
-        words += [f"--{name}", given] if given else []
-    words += ["--device", case.device, "--seed", str(case.seed), "--rounds", str(setting.rounds)]
-    words += ["--seconds", f"{setting.seconds:g}"] if setting.seconds is not None else []
-    words += ["--threads", str(setting.threads)] if setting.threads is not None else []
-    return shlex.join(words)
 
 
 def run_case(
@@ -145,6 +81,13 @@ def run_case(
             tell("reference", 0.02)
             captured, inputs = capture_any(model, *_inputs(given))
             reference = output_reference(captured, inputs, MODEL_FLOOR_ULPS)
+
+            def compare(found: list[torch.Tensor]) -> Comparison:
+                values = computed(captured, found)
+                if lengths is not None:
+                    values = real_only(values, reference, problem.kwargs["attention_mask"])
+                return reference.compare(values)
+
             optimized, cost = _optimized(model, given, problem, tell)
             if artifact is not None:
                 tell("artifact", 0.28)
@@ -154,7 +97,7 @@ def run_case(
             sides, missing = build_peers(problem, setting.against, tell, crashed or {})
             for side in (own, *sides):
                 tell(BUILD + side.key, 0.5)
-                check(side, lambda found: reference.compare(computed(captured, found)))
+                check(side, compare)
             times = time_sides(own, sides, problem.device, setting.rounds, setting.seconds, tell)
             return {
                 "format": FORMAT,

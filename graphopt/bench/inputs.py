@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from graphopt.compiler.reference import Reference
 from graphopt.errors import InputError
 
 _SIGMA = 0.6  # of the logarithm of sentence lengths in English prose: Williams, Biometrika 31 (1940)
@@ -72,6 +73,36 @@ def padded(kwargs: Mapping[str, Any], draw_seed: int) -> tuple[dict[str, Any], l
     lengths = real_lengths(batch, seq, draw_seed)
     real = torch.arange(seq, device=mask.device) < torch.tensor(lengths, device=mask.device)[:, None]
     return {**kwargs, "attention_mask": real.to(mask.dtype)}, lengths
+
+
+def real_only(found: Sequence[Any], reference: Reference, mask: torch.Tensor) -> list[Any]:
+    """Outputs without what stands at padded positions: who packs a batch computes nothing there.
+
+    Those are outputs of shape [batch, seq, ...] with at least three dimensions. In one of two dimensions the
+    second may be a width that happens to be ``seq``; such a one is compared whole, and so are all others.
+
+    Args:
+        found: what a side computes.
+        reference: what it is held against.
+        mask: of shape [batch, seq], 0 where there is padding.
+
+    Returns:
+        The outputs, with the reference's values at padded positions.
+    """
+    return [
+        _without_padding(value, *wanted, mask.bool())
+        for value, *wanted in zip(found, reference.before, reference.float64, strict=True)
+    ]
+
+
+def _without_padding(value: Any, before: Any, float64: Any, real: torch.Tensor) -> Any:
+    tensors = all(isinstance(side, torch.Tensor) for side in (value, before, float64))
+    if not tensors or not value.shape == before.shape == float64.shape:
+        return value
+    if value.dim() < 3 or value.shape[:2] != real.shape or value.dtype != before.dtype:
+        return value
+    right = torch.where(float64.isfinite(), float64.to(before.dtype), before)
+    return torch.where(real.reshape(*real.shape, *[1] * (value.dim() - 2)), value, right)
 
 
 def fill(lengths: Sequence[int], seq: int) -> float:

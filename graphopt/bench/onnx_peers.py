@@ -92,7 +92,8 @@ def _transformer_optimized(problem: Problem) -> Path:
 def _provider(problem: Problem, **options: str) -> tuple[str, dict[str, Any]]:
     if problem.device.type != "cuda":
         return "CPUExecutionProvider", {}
-    return _CUDA, {**_on_stream(problem), **options}
+    # Left alone, float32 is multiplied in TF32 on GPUs that can, which is another model.
+    return _CUDA, {**_on_stream(problem), "use_tf32": "0", **options}
 
 
 def _on_stream(problem: Problem) -> dict[str, Any]:
@@ -106,11 +107,20 @@ def tensorrt_provider(problem: Problem) -> Run:
     options = {**_on_stream(problem), "trt_cuda_graph_enable": "1"}
     if problem.dtype in (torch.float16, torch.bfloat16):
         options["trt_fp16_enable" if problem.dtype == torch.float16 else "trt_bf16_enable"] = "1"
-    return _session(problem, _exported(problem), (_TENSORRT, options))
+    # What TensorRT does not take runs on the GPU as well, as it does for whoever uses this provider.
+    return _session(problem, _exported(problem), (_TENSORRT, options), _provider(problem))
 
 
-def _session(problem: Problem, path: Path, provider: tuple[str, dict[str, Any]]) -> Run:
+def _session(problem: Problem, path: Path, *providers: tuple[str, dict[str, Any]]) -> Run:
     """A session whose inputs and outputs are bound to torch's memory once, so that nothing is copied.
+
+    On a GPU a call ends when its kernels are launched, as every other side's does: they run on the caller's
+    stream, so that who waits for that waits for them.
+
+    Args:
+        problem: what it runs.
+        path: the ONNX model.
+        providers: with their options, the first preferred.
 
     Raises:
         LoweringError: ONNX Runtime fell back to another provider.
@@ -121,9 +131,13 @@ def _session(problem: Problem, path: Path, provider: tuple[str, dict[str, Any]])
     # As graphopt's executor: threads that spin between calls would slow down whichever side comes next. Calls
     # one after the other take as long with it as without: 0.11 ms for an MLP of 8x16x64 on two cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    if session.get_providers()[0] != provider[0]:
-        raise LoweringError(f"{provider[0]} does not load here: ONNX Runtime falls back to the CPU")
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    wanted, found = providers[0][0], session.get_providers()[0]
+    if found != wanted:
+        raise LoweringError(f"{wanted} does not load here: ONNX Runtime falls back to {found}")
+    calls = onnxruntime.RunOptions()
+    if problem.device.type == "cuda":
+        calls.add_run_config_entry("disable_synchronize_execution_providers", "1")
     binding = session.io_binding()
     inputs = [tensor.contiguous() for tensor in problem.inputs]
     results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]
@@ -133,7 +147,7 @@ def _session(problem: Problem, path: Path, provider: tuple[str, dict[str, Any]])
         binding.bind_output(value.name, *_place(tensor))
 
     def run() -> list[torch.Tensor]:
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, calls)
         return results
 
     run.inputs = inputs  # type: ignore[attr-defined]  # the binding knows addresses alone: they must live on
@@ -155,14 +169,21 @@ def openvino(problem: Problem) -> Run:
     """OpenVINO for the lowest latency, in the model's own dtype.
 
     Left alone it computes a float32 model in bfloat16 where the processor can, which is another model.
+
+    Raises:
+        LoweringError: it computes in another precision all the same.
     """
     ov: Any = importlib.import_module("openvino")
+    asked = _OPENVINO_TYPES.get(problem.dtype, "f32")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES.get(problem.dtype, "f32"),
+        "INFERENCE_PRECISION_HINT": asked,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled = ov.Core().compile_model(str(_exported(problem)), "CPU", settings)
+    given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if given != asked:
+        raise LoweringError(f"OpenVINO computes in {given} on this processor, the case is in {asked}")
     request = compiled.create_infer_request()
     inputs = [tensor.contiguous() for tensor in problem.inputs]
     results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]

@@ -43,6 +43,7 @@ def render(rows: Sequence[Row]) -> str:
         losses=summary.losses(rows),
         excluded=summary.excluded(rows),
         missing=summary.missing(rows),
+        unloaded=summary.unloaded(rows),
         speed=_speed(good),
         cold=_speed(good, "cold_"),
         growth=growth(good),

@@ -70,7 +70,8 @@ def pose(
     if lengths is not None:
         kwargs, values = padded(kwargs, seed)
         seq = kwargs["attention_mask"].shape[1]
-        ragged = {"kind": lengths, "fill": round(fill(values, seq), 3), "values": values}
+        share = round(fill(values, seq), 3)
+        ragged = {"kind": lengths, "fill": share, "values": values, "compared": "real tokens"}
     folder = Path(tempfile.mkdtemp(prefix="graphopt-bench-"))
     return Problem(module, tuple(args), kwargs, where, folder), ragged
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,13 @@ from graphopt.bench.peer import Problem, Run
 from graphopt.bench.peers import PEERS
 from graphopt.compiler.compare import Comparison
 from graphopt.errors import said
-from graphopt.runtime.rounds import Interrupted, clock_of, interleave
+from graphopt.runtime.rounds import Clock, Interrupted, clock_of, interleave
 
 Tell = Callable[[str, float], None]
 
 AGAIN = "graphopt again"
-BUILD = "build "  # before the key of the side that is being built, or first run
+BUILD, RUN = "build ", "run "  # before the key of the side that is being built and checked, or timed
+_LONG_MS = 1e3  # calls that are announced one by one: beside them, saying so costs nothing
 _MIN_CALLS = 6  # of a side, for an interrupted case to be worth its row
 
 
@@ -143,18 +145,14 @@ def time_sides(
     runs[AGAIN] = own.run
     kinds = ("warm", "cold") if device.type == "cuda" else ("warm",)
     for index, kind in enumerate(kinds):
-        start, share = 0.5 + 0.5 * index / len(kinds), 0.5 / len(kinds)
-
-        def on_round(done: float, start: float = start, share: float = share) -> None:
-            tell("measure", start + share * done)
-
+        turns = _Turns(runs, clock_of(device, cold=kind == "cold"), tell, index / len(kinds), 1 / len(kinds))
         try:
             found = interleave(
                 runs,
                 rounds,
                 seconds=None if seconds is None else seconds / len(kinds),
-                clock=clock_of(device, cold=kind == "cold"),
-                on_round=on_round,
+                clock=turns.clock,
+                on_round=turns.on_round,
             )
         except Interrupted as interrupt:
             found, times.interrupted = interrupt.times, True
@@ -166,6 +164,49 @@ def time_sides(
         if times.interrupted:
             return times
     return times
+
+
+class _Turns:
+    """Says how far the rounds are, and whose turn it is where that may take long or for ever.
+
+    Nothing is said before a short call: who reads it would wake up on a core that is being measured.
+
+    Args:
+        runs: the sides, by key.
+        clock: runs a side and tells its time in milliseconds.
+        tell: called with (what is being done, fraction of the case done).
+        start: fraction of the measuring that is done before these rounds.
+        share: fraction of it that they are.
+    """
+
+    def __init__(self, runs: Mapping[str, Run], clock: Clock, tell: Tell, start: float, share: float) -> None:
+        self._keys = {id(run): key for key, run in reversed(runs.items())}  # graphopt's is there twice
+        self._took = dict.fromkeys(self._keys.values(), math.inf)
+        self._clock, self._tell = clock, tell
+        self._start, self._share, self._done = start, share, start
+
+    def clock(self, run: Callable[[], object]) -> float:
+        key = self._keys[id(run)]
+        if self._took[key] > _LONG_MS:
+            self._say(RUN + key)
+        self._took[key] = took = self._clock(run)
+        return took
+
+    def on_round(self, done: float) -> None:
+        self._done = self._start + self._share * done
+        self._say("measure")
+
+    def _say(self, what: str) -> None:
+        self._tell(what, 0.5 + 0.5 * self._done)
+
+
+def side_of(doing: str) -> str:
+    """The key of the peer's side that was being built or run; "" where it was something else."""
+    for stage in (BUILD, RUN):
+        key = doing.removeprefix(stage)
+        if key != doing and not key.startswith("graphopt"):
+            return key
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -120,6 +120,12 @@ def missing(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     return found
 
 
+def unloaded(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Cases whose artifact was not loaded, and why."""
+    costs = ((row["case"], row["optimize"]) for row in measured(rows))
+    return [(case, cost["load_left_out"]) for case, cost in costs if "load_left_out" in cost]
+
+
 def label(side: dict[str, Any]) -> str:
     """A side by its peer and mode."""
     return f"{side['peer']}, {side['mode']}" if side["mode"] else str(side["peer"])

@@ -41,7 +41,13 @@ def closing(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         f"{peer}: {why}" + (f"; {install}" if install else "")
         for peer, (why, install) in summary.missing(rows).items()
     ]
-    named = (("Lost", lost), ("Not counted", left_out), ("Missing peers", absent))
+    unloaded = [f"{case}: {why}" for case, why in summary.unloaded(rows)]
+    named = (
+        ("Lost", lost),
+        ("Not counted", left_out),
+        ("Missing peers", absent),
+        ("No load time", unloaded),
+    )
     return [(title, lines) for title, lines in named if lines]
 
 

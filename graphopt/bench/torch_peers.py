@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from graphopt.bench.peer import Mode, Problem, Run, eager, tensors
+from graphopt.kernels._replay import captured
 
 
 def eager_modes(problem: Problem) -> Sequence[Mode]:
@@ -22,9 +23,7 @@ def _graphed(problem: Problem) -> Run:
     run = eager(problem.model, problem.args, problem.kwargs)
     for _ in range(3):  # what is allocated and tuned by first calls must not be captured
         run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    graph, (outputs,) = captured([run])
 
     def replay() -> list[torch.Tensor]:
         graph.replay()

@@ -19,7 +19,8 @@ from typing import Any
 import onnxruntime
 import torch
 
-from graphopt.bench.case import Case, Setting, run_case
+from graphopt.bench.case import run_case
+from graphopt.bench.setting import Case, Setting
 from graphopt.cli import _folder, _spec
 from graphopt.cli._errors import FAULT, INTERRUPTED, exit_code
 from graphopt.errors import GraphoptError, said
@@ -70,7 +71,10 @@ def _measured(job: dict[str, Any], say: Say) -> dict[str, Any]:
 
 
 def _artifact(optimized: OptimizedModel, loaded: _spec.Loaded, spec: str) -> dict[str, Any]:
-    """The size of what ``graphopt optimize -o`` writes, and how long its ONNX models take to load."""
+    """The size of what ``graphopt optimize -o`` writes, and how long that takes to load.
+
+    Only a plan that is ONNX throughout can be loaded from there; of any other, why there is no time.
+    """
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as scratch:
         place = Path(scratch) / "artifact"
         try:
@@ -80,14 +84,17 @@ def _artifact(optimized: OptimizedModel, loaded: _spec.Loaded, spec: str) -> dic
         except GraphoptError as error:
             return {"artifact_failed": error.message}
         found: dict[str, Any] = {"artifact_bytes": sum(path.stat().st_size for path in place.iterdir())}
-        models = sorted(place.glob("*.onnx"))
+        if left := _folder.in_pytorch(optimized.plan):
+            more = f" and {len(left) - 1} more steps" if len(left) > 1 else ""
+            found["load_left_out"] = f"{left[0]}{more} of the plan run in PyTorch, from no file"
+            return found
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         start = time.perf_counter()
-        for path in models:
+        for path in sorted(place.glob("*.onnx")):
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        if models:
-            found["load_s"] = round(time.perf_counter() - start, 3)
+        found["load_s"] = round(time.perf_counter() - start, 3)
         return found
 
 

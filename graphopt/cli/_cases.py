@@ -18,17 +18,20 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import IO, Any
 
-from graphopt.bench.case import Case, Row, Setting, failed_row
-from graphopt.bench.side import BUILD
-from graphopt.cli._errors import FAULT, INTERRUPTED
+from graphopt.bench.case import failed_row
+from graphopt.bench.setting import Case, Row, Setting
+from graphopt.bench.side import side_of
+from graphopt.cli._errors import FAULT, INTERRUPTED, WRONG_USE
 
 Tell = Callable[[str, float], None]
 
-_PATIENCE = 20.0  # seconds for an interrupted case to end by itself, keeping what it has
+_COMMAND = [sys.executable, "-m", "graphopt.cli._case"]
+_LATE = 1 << 16  # no exit code of a process
+_PATIENCE = 60.0  # seconds for an interrupted case to end by itself, keeping what it has
 
 
 def measure(case: Case, setting: Setting, tell: Tell, *, debug: bool = False) -> Row:
-    """Measure a case; where a peer takes the process down, again without that peer.
+    """Measure a case; where a peer takes the process down or does not end, again without that peer.
 
     Args:
         case: the case.
@@ -46,7 +49,7 @@ def measure(case: Case, setting: Setting, tell: Tell, *, debug: bool = False) ->
     while True:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
             job = {"case": asdict(case), "setting": asdict(setting), "crashed": crashed}
-            last, doing, code = _run(job, tell, None if debug else stderr)
+            last, doing, code = _run(job, tell, None if debug else stderr, setting.limit)
             if "row" in last:
                 row: Row = last["row"]
                 return row
@@ -54,20 +57,25 @@ def measure(case: Case, setting: Setting, tell: Tell, *, debug: bool = False) ->
                 return failed_row(case, setting, last["failed"])
             if code == INTERRUPTED:
                 raise KeyboardInterrupt
-            died = _death(code)
+            late = code == _LATE
+            died = f"timed out after {setting.limit:g} s" if late else f"the process {_death(code)}"
             stderr.seek(0)
-            words = stderr.read().strip().splitlines()[-1:]
-        key = doing.removeprefix(BUILD)
-        if not doing.startswith(BUILD) or key in crashed or key.startswith("graphopt"):
-            message = ": ".join((f"the process {died} at: {doing}", *words))
-            return failed_row(case, setting, {"message": message, "code": FAULT})
-        crashed[key] = f"the process {died}"
+            words = [] if late else stderr.read().strip().splitlines()[-1:]
+        key = side_of(doing)
+        if not key or key in crashed:
+            failed: dict[str, Any] = {"message": ": ".join((f"{died} at: {doing}", *words)), "code": FAULT}
+            if late:
+                failed |= {"hint": "--limit SECONDS gives a side more time, 0 all of it", "code": WRONG_USE}
+            return failed_row(case, setting, failed)
+        crashed[key] = died
 
 
-def _run(job: dict[str, Any], tell: Tell, stderr: IO[str] | None) -> tuple[dict[str, Any], str, int]:
+def _run(
+    job: dict[str, Any], tell: Tell, stderr: IO[str] | None, limit: float | None
+) -> tuple[dict[str, Any], str, int]:
     """The process from beginning to end: what it said last, what it was doing, and its exit code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "graphopt.cli._case"],
+        _COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -76,32 +84,76 @@ def _run(job: dict[str, Any], tell: Tell, stderr: IO[str] | None) -> tuple[dict[
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    doing, patience = "start", threading.Timer(_PATIENCE, process.kill)
+    doing, patience, watch = "start", threading.Timer(_PATIENCE, process.kill), _Watch(process, limit)
     last: dict[str, Any] = {}
     try:
         try:
             with contextlib.suppress(BrokenPipeError):  # it died at once: its exit code says how
                 process.stdin.write(json.dumps(job))
                 process.stdin.close()
+            watch.fed()
             for line in process.stdout:
                 last = json.loads(line)
                 if "doing" in last:
                     doing = last["doing"]
                     tell(doing, last["done"])
+                watch.fed()
         except KeyboardInterrupt:
+            watch.stop()
             process.send_signal(signal.SIGINT)
             patience.start()
             for line in process.stdout:
                 last = json.loads(line)
             if "row" not in last:
                 raise KeyboardInterrupt from None
-        return last, doing, process.wait()
+        code = process.wait()
+        return last, doing, _LATE if watch.bit else code
     finally:
         patience.cancel()
-        with contextlib.suppress(ProcessLookupError):  # with what it started: compilers, for one
-            os.killpg(process.pid, signal.SIGKILL)
+        watch.stop()
+        _kill_all(process)
         process.wait()
         process.stdout.close()
+
+
+class _Watch:
+    """Ends a process that says nothing for too long.
+
+    Args:
+        process: leads a group, which ends with it.
+        limit: seconds from one word to the next; None for ever.
+
+    Attributes:
+        bit: it had to.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], limit: float | None) -> None:
+        self.bit = False
+        self._process, self._limit = process, limit
+        self._timer: threading.Timer | None = None
+
+    def fed(self) -> None:
+        """The process said something."""
+        self.stop()
+        if self._limit is not None:
+            self._timer = threading.Timer(self._limit, self._bite)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def stop(self) -> None:
+        """Whatever comes, the process is not ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _bite(self) -> None:
+        self.bit = True
+        _kill_all(self._process)
+
+
+def _kill_all(process: subprocess.Popen[str]) -> None:
+    """End a process with what it started: compilers, for one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _death(code: int) -> str:

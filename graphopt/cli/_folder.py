@@ -147,6 +147,12 @@ def where_regions_run(plan: Plan) -> list[str]:
     ]
 
 
+def in_pytorch(plan: Plan) -> list[str]:
+    """The steps that no file holds, each with its executor."""
+    rows = (row for row, step in _steps(plan) if _onnx(step.program) is None)
+    return [f"{row['step']} ({row['executor']})" for row in rows]
+
+
 def _steps(plan: Plan) -> list[tuple[dict[str, Any], Any]]:
     return list(zip(plan.rows(), plan.steps, strict=True))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +16,7 @@ import torch
 
 from graphopt.cli import _config
 from graphopt.cli._subject import Config, Examined, Prepared, Progress, choice, examine, optimized_by, prepare
+from graphopt.errors import SpecError
 from graphopt.gate import cache, latency, saved
 from graphopt.gate import lock as lockfile
 from graphopt.gate.budgets import Budgets
@@ -68,14 +73,20 @@ def call_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return run
 
 
-def lock_entry(config: Config, own: Mapping[str, Any], budgets: Budgets, progress: Progress) -> Entry:
+def lock_entry(
+    config: Config, own: Mapping[str, Any], budgets: Budgets, processes: int, progress: Progress
+) -> Entry:
     """A new entry of the lock.
 
     Args:
         config: how the model is made.
         own: budgets of its own, which the entry keeps.
         budgets: all of them.
+        processes: so many time the model: this one, and others anew.
         progress: called with (what is being done, fraction done).
+
+    Raises:
+        SpecError: another process cannot run the model.
     """
     progress("load", 0.0)
     prepared = prepare(config)
@@ -84,7 +95,34 @@ def lock_entry(config: Config, own: Mapping[str, Any], budgets: Budgets, progres
     rounds = time_it(prepared, examined, budgets, {}, _LOCK_PRECISION, progress)
     if rounds is not None:
         examined.facts["latency"] = latency.facts(rounds, budgets.baseline)
-    return {"config": asdict(config), "runs": runs, "budgets": dict(own), "facts": for_lock(examined.facts)}
+    facts = for_lock(examined.facts)
+    entry = {"config": asdict(config), "runs": runs, "budgets": dict(own), "facts": facts}
+    if rounds is not None and processes > 1:
+        del prepared, examined  # the others need the memory
+        others = [_timed_elsewhere(entry, progress) for _ in range(processes - 1)]
+        facts["latency"] = latency.combined([facts["latency"], *others])
+    return entry
+
+
+def _timed_elsewhere(entry: Entry, progress: Progress) -> dict[str, Any]:
+    """What a process of its own, with memory and threads of its own, finds of the latency."""
+    progress("time in another process", 0.9)
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        lock, results = Path(folder) / lockfile.NAME, Path(folder) / "results.json"
+        lockfile.write(lock, {entry["config"]["spec"]: entry})
+        given = ["--lock", str(lock), "--save", str(results), "--update", "--no-cache", "--quiet"]
+        command = [sys.executable, "-m", "graphopt", "check", *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            raise SpecError(
+                f"the model cannot be timed in a process of its own: {said[0].strip()}",
+                where=entry["config"]["spec"],
+                hint="--processes 1 times it in this one alone",
+            )
+        (result,) = json.loads(results.read_text(encoding="utf-8"))["results"]
+        found: dict[str, Any] = result["facts"]["latency"]
+        return found
 
 
 def budgets_of(entry: Entry, name: str, given: Mapping[str, Any]) -> Budgets:

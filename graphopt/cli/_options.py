@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.capture.inputs import Dynamic
 from graphopt.errors import InputError
+
+if TYPE_CHECKING:
+    from graphopt.capture.inputs import Dynamic
 
 Spec = Annotated[
     str,
@@ -52,6 +55,9 @@ Outputs = Annotated[
     typer.Option(
         "--outputs", metavar="NAME[=last]", help="Keep this output, or its last position. Repeatable."
     ),
+]
+Lock = Annotated[
+    Path, typer.Option("--lock", metavar="FILE", help="The lock; one file may hold many models.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

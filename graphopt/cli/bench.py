@@ -13,19 +13,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.bench import peers, rows, table
-from graphopt.bench.case import Case, Row, Setting
-from graphopt.bench.inputs import dtype_named
+from graphopt.bench import rows, table
 from graphopt.bench.page import write_page
-from graphopt.bench.problem import device_named
 from graphopt.bench.pytest_json import write_pytest_json
+from graphopt.bench.setting import LIMIT, Case, Row, Setting
 from graphopt.cli import _options
-from graphopt.cli._cases import measure
 from graphopt.cli._errors import GOOD, INTERRUPTED, NO, told
 from graphopt.cli._progress import bar
 from graphopt.errors import InputError
 from graphopt.observe.files import require_folder
 
+_PEERS = "eager, inductor, inductor-max, onnxruntime, openvino, tensorrt"
 _WIDTH = 140  # where there is no terminal to ask
 _RECORDED = Path("bench") / "results"
 
@@ -43,7 +41,7 @@ def bench(
         typer.Argument(metavar="SPEC...", help="Models; with --report, files of rows.", show_default=False),
     ] = None,
     against: Annotated[
-        str, typer.Option(metavar="PEER,PEER", help=f"Who to compare with: {', '.join(peers.PEERS)}.")
+        str, typer.Option(metavar="PEER,PEER", help=f"Who to compare with: {_PEERS}.")
     ] = "eager,inductor,onnxruntime",
     batch: Annotated[
         str | None, typer.Option(metavar="N,N", help="Batch sizes; a factory takes them as `batch`.")
@@ -72,6 +70,10 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of every side on a CPU; PyTorch's default is all cores.")
     ] = None,
+    limit: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds a side may take to build, or to run once; 0: all it wants."),
+    ] = LIMIT,
     seed: Annotated[int, typer.Option(help="Of the model's random numbers, and of the lengths.")] = 0,
     output: Annotated[
         Path | None,
@@ -93,7 +95,8 @@ def bench(
     A case is a SPEC with a batch, a length and a dtype. It runs in a process of its own: graphopt and all
     peers on the same inputs, in interleaved rounds, A B B A, and graphopt against itself, which gives the
     noise floor. Every side is held against float64: what is wrong is marked and does not count. A factory
-    gets the sizes that are asked for by name: `def bert(batch, seq)`.
+    gets the sizes that are asked for by name: `def bert(batch, seq)`. A peer that crashes, or takes longer
+    than **--limit** to build or for one call, is marked, and the case goes on without it.
 
     **-o FILE** adds a row a case as soon as it is measured. Ctrl-C keeps what was measured. With
     **--report** a page is written, too: `graphopt bench --report rows.jsonl` makes it of rows that are there.
@@ -108,12 +111,15 @@ def bench(
     - graphopt bench --report rows.jsonl
     """
     with told(debug):
+        from graphopt.bench import peers
+        from graphopt.bench.problem import device_named
+
         places = Places.of(specs or [], output, report, benchmark_json)
         if places.rows:
             measured = rows.read_all(places.rows)
             _show(measured, places, json=json, quiet=quiet)
             return
-        setting = Setting(tuple(peers.named(against)), rounds, seconds, threads)
+        setting = Setting(tuple(peers.named(against)), rounds, seconds, threads, limit or None)
         device_named(device)
         ragged = lengths.value if lengths is Lengths.real else None
         cases = list(grid(specs or [], _grid_sizes(batch, seq, sizes), _dtypes(dtype), ragged, device, seed))
@@ -211,6 +217,8 @@ def _numbers(text: str, option: str) -> list[int]:
 def _dtypes(text: str | None) -> list[str | None]:
     if text is None:
         return [None]
+    from graphopt.bench.inputs import dtype_named
+
     names = [str(dtype_named(name.strip())).removeprefix("torch.") for name in text.split(",")]
     return list(dict.fromkeys(names))
 
@@ -254,6 +262,8 @@ def run_cases(
     Raises:
         OutputError: a row cannot be written; those before it are.
     """
+    from graphopt.cli._cases import measure
+
     ran, console = Ran(), Console(stderr=True, soft_wrap=True)
     try:
         with bar(quiet, left=True) as progress:

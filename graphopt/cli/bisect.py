@@ -8,23 +8,23 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.cli import _config, _options, _spec
+from graphopt.cli import _options
 from graphopt.cli._errors import INCONCLUSIVE, NO, told
 from graphopt.cli._work import work
 from graphopt.compiler.bisect import Answer, Found
 from graphopt.compiler.bisect import bisect as search
-from graphopt.compiler.manager import BISECT_LIMIT, PassManager
-from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.errors import InputError
-from graphopt.explain import Problem, problem
 from graphopt.observe.files import write_text
-from graphopt.runtime.judge import judge_by_comparison
+
+if TYPE_CHECKING:
+    from graphopt.compiler.remarks import Rewrite
+    from graphopt.explain import Problem
 
 _SKIP = 125  # the exit code by which a judge says that it cannot tell, as for git bisect
 
@@ -73,6 +73,10 @@ def bisect(
     - graphopt bisect my_models.bert:tiny --judge "python evaluate.py --at-least 0.9"
     """
     with told(debug):
+        from graphopt.cli import _config, _spec
+        from graphopt.explain import problem
+        from graphopt.runtime.judge import judge_by_comparison
+
         chosen = _config.passes(level, enable, disable)
         with work(debug):
             loaded = _spec.load(spec, batch=batch, seq=seq)
@@ -108,6 +112,9 @@ def bisect(
 
 def _rewrites(given: Problem) -> list[Rewrite]:
     """All rewrites in the order of their application."""
+    from graphopt.compiler.manager import PassManager
+    from graphopt.compiler.remarks import Remarks
+
     manager = PassManager(given.passes, Remarks(), given.limits, limit=_ALL)
     return manager.run(given.graph.clone(), given.inputs).kept
 
@@ -116,6 +123,8 @@ _ALL = 2**31  # the environment's limit is for the judges
 
 
 def _command(judge: str, timeout: float | None) -> Callable[[int], Answer]:
+    from graphopt.compiler.manager import BISECT_LIMIT
+
     def ask(applied: int) -> Answer:
         environment = {**os.environ, BISECT_LIMIT: str(applied)}
         try:
@@ -178,6 +187,9 @@ class _State:
 
 
 def _reproducer(given: Problem, guilty: int, folder: Path) -> Path | None:
+    from graphopt.compiler.manager import PassManager
+    from graphopt.compiler.remarks import Remarks
+
     manager = PassManager(given.passes, Remarks(), given.limits, limit=guilty, reproduce=(guilty, folder))
     manager.run(given.graph.clone(), given.inputs)
     return manager.reproduced

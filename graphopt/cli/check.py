@@ -6,23 +6,25 @@ import difflib
 import enum
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.cli import _gate, _options
+from graphopt.cli import _options
 from graphopt.cli._budgets import parsed, with_budgets
 from graphopt.cli._errors import told
 from graphopt.cli._progress import bar
 from graphopt.cli._work import work
-from graphopt.cli.lock import Lock
 from graphopt.errors import InputError
-from graphopt.gate import cache, formats, render, saved
+from graphopt.gate import formats, render
 from graphopt.gate import lock as lockfile
 from graphopt.gate.finding import require_compared, worst
 from graphopt.observe.files import write_text
+
+if TYPE_CHECKING:
+    from graphopt.cli import _gate
 
 _WIDTH = 160  # where there is no terminal to ask
 
@@ -49,7 +51,7 @@ def check(
             help="Models of the lock: names, or patterns with *; all by default.",
         ),
     ] = None,
-    lock: Lock = Path(lockfile.NAME),
+    lock: _options.Lock = Path(lockfile.NAME),
     update: Annotated[
         bool, typer.Option("--update", help="Show what differs, then write it into the lock.")
     ] = False,
@@ -98,6 +100,9 @@ def check(
     """
     with told(debug):
         options, wanted = parsed(given), _formats(report, json)
+        from graphopt.cli import _gate
+        from graphopt.gate import cache, saved
+
         if again is not None:
             if specs or update:
                 where = f"--judge {again}"
@@ -141,6 +146,8 @@ def _console() -> Console:
 
 def _write(form: Format, place: Path | None, checked: _gate.Checked, lock: Path) -> None:
     """Write the results in one form, into a file or to stdout."""
+    from graphopt.gate import saved
+
     results, budgets = checked.results, checked.budgets
     match form:
         case Format.table:
@@ -177,6 +184,8 @@ def _warn(checked: _gate.Checked, quiet: bool) -> None:
 
 def _update(lock: Path, checked: _gate.Checked, *, quiet: bool) -> None:
     """Show what the lock is about to say otherwise, and write it."""
+    from graphopt.cli import _gate
+
     entries = checked.entries
     new = {**entries, **{r.model: _gate.updated(entries[r.model], r) for r in checked.results}}
     before, after = (lockfile.dumps(side).splitlines() for side in (entries, new))

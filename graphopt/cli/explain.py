@@ -5,18 +5,19 @@ from __future__ import annotations
 import enum
 import json as strict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from graphopt.cli import _config, _options, _spec
+from graphopt.cli import _options
 from graphopt.cli._errors import told
 from graphopt.cli._work import work
-from graphopt.explain import explain as run
-from graphopt.observe.explanation import KINDS, Explanation
 from graphopt.observe.files import write_text
 from graphopt.observe.summary import jsonable
+
+if TYPE_CHECKING:
+    from graphopt.observe.explanation import Explanation
 
 _WIDTH = 140  # where there is no terminal to ask
 
@@ -68,6 +69,10 @@ def explain(
     - graphopt explain my_models.bert:tiny -o before.json, later: graphopt explain SPEC --against before.json
     """
     with told(debug):
+        from graphopt.cli import _config, _spec
+        from graphopt.explain import explain as run
+        from graphopt.observe.explanation import KINDS, Explanation
+
         older = Explanation.read(against) if against is not None else None
         if spec.endswith(".json"):
             found = Explanation.read(Path(spec))

@@ -9,20 +9,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.cli import _gate, _options
+from graphopt.cli import _options
 from graphopt.cli._budgets import parsed, with_budgets
 from graphopt.cli._errors import told
 from graphopt.cli._progress import bar
-from graphopt.cli._subject import Config
 from graphopt.cli._work import work
 from graphopt.errors import InputError
-from graphopt.gate import latency
 from graphopt.gate import lock as lockfile
 from graphopt.observe.summary import ms, size
-
-Lock = Annotated[
-    Path, typer.Option("--lock", metavar="FILE", help="The lock; one file may hold many models.")
-]
 
 
 @with_budgets
@@ -30,7 +24,7 @@ def lock(
     specs: Annotated[
         list[str], typer.Argument(metavar="SPEC...", show_default=False, help="The models, as for optimize.")
     ],
-    lock: Lock = Path(lockfile.NAME),
+    lock: _options.Lock = Path(lockfile.NAME),
     name: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +46,9 @@ def lock(
     ] = None,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
+    processes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="So many time the model, one after the other, each anew.")
+    ] = 3,
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
     *,
@@ -72,6 +69,9 @@ def lock(
     """
     with told(debug):
         own = parsed(given)
+        from graphopt.cli import _gate
+        from graphopt.cli._subject import Config
+
         entries = lockfile.read(lock) if lock.is_file() else {}
         names = _names(specs, name, entries, lock, force)
         rows = []
@@ -82,7 +82,7 @@ def lock(
                     tuple(enable or ()), tuple(disable or ()), max_loss, batch, seq,
                 )  # fmt: skip
                 budgets = _gate.budgets_of({"budgets": own}, known, {})
-                entry = _gate.lock_entry(config, own, budgets, progress)
+                entry = _gate.lock_entry(config, own, budgets, processes, progress)
                 entries = {**entries, known: entry}
                 rows += [f"{known}: {_summary(entry)}", *_notes(entry)]
         lockfile.write(lock, entries)
@@ -108,6 +108,8 @@ def _names(specs: list[str], name: str | None, entries: dict[str, Any], lock: Pa
 
 def _notes(entry: dict[str, Any]) -> list[str]:
     """What makes a lock one that finds less than it could."""
+    from graphopt.gate import latency
+
     found = latency.noise(entry["facts"]["latency"]) if entry["facts"]["latency"] else ""
     return [f"note: {found}; lock it on a quieter machine, or with more --seconds"] if found else []
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from graphopt.cli import _config, _folder, _options, _spec
+from graphopt.cli import _options
 from graphopt.cli._errors import told
 from graphopt.cli._progress import bar
 from graphopt.cli._work import work
 from graphopt.errors import InputError
-from graphopt.optimize import optimize as run
-from graphopt.optimized_model import OptimizedModel
+
+if TYPE_CHECKING:
+    from graphopt.cli import _folder, _spec
+    from graphopt.optimized_model import OptimizedModel
 
 
 class Effort(enum.StrEnum):
@@ -78,6 +80,9 @@ def optimize(
     - graphopt optimize ./bert-base --dynamic input_ids:1=seq --dynamic attention_mask:1=seq
     """
     with told(debug):
+        from graphopt.cli import _config, _folder, _spec
+        from graphopt.optimize import optimize as run
+
         folder = _folder.Folder(output, force) if output is not None else None
         names, dims = _options.executors(executors), _options.dynamic(dynamic)
         passes = _config.passes(level, enable, disable)
@@ -121,6 +126,8 @@ def _print(
         return
     notes = [f"note: {note}" for note in loaded.notes]
     if folder is not None:
+        from graphopt.cli import _folder
+
         notes += [
             f"wrote {folder.path}",
             *(f"  {line}" for line in _folder.where_regions_run(optimized.plan)),

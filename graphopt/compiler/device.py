@@ -41,6 +41,13 @@ class Limits:
         return self.by_dtype.get(dtype, self.flops_per_s)
 
 
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache; 0 for what is none."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 def _gpu(
     name: str,
     rates: tuple[float, float, float],

@@ -12,7 +12,16 @@ from torch import fx
 
 from graphopt.ir.graph import Graph, size_hint
 
-_CACHE_BYTES = 256 * 2**20
+aten = torch.ops.aten
+
+_LARGE = 2**20  # numbers of a weight: 8 MiB in float64
+
+_LEAST_CACHE, _MOST_CACHE = 16 * 2**20, 256 * 2**20  # bytes
+
+# Ops that only pick out numbers, whatever their precision.
+_LOOKUPS = frozenset(
+    {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
+)
 
 
 def evaluate(
@@ -40,10 +49,7 @@ def evaluate(
     needed = _ancestors(wanted, given)
 
     def read(node: fx.Node) -> Any:
-        if node.op != "get_attr":
-            return values[node]
-        constant = graph.constant(node)  # widened at each reader: all weights in float64 are twice the model
-        return widen(constant) if float64 else constant
+        return graph.constant(node) if node.op == "get_attr" else values[node]
 
     reads = {node: sum(user in needed for user in node.users) for node in needed}
     keep = set(wanted)
@@ -60,7 +66,7 @@ def evaluate(
                     reads[source] -= 1
                     if reads[source] == 0 and source not in keep:
                         del values[source]
-    return [read(node) for node in wanted]
+    return [widen(read(node)) if float64 else read(node) for node in wanted]
 
 
 def outputs(
@@ -105,13 +111,37 @@ def _call(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
 
 
 def _call_float64(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
-    """The call in float64; an op that has no such kernel runs in its own precision."""
+    """The call in float64; an op that has no such kernel runs in its own precision.
+
+    Constants are widened here, at each reader: all weights in float64 are twice the model. One matrix may be
+    a third of a small model already, so that of a table only what is looked up is widened, and a large matrix
+    in parts.
+    """
+    if node.target in _LOOKUPS:
+        return widen(_call(node, read))
     args, kwargs = pytree.tree_map(_float64_argument, fx.map_arg((node.args, node.kwargs), read))
     try:
+        if node.target is aten.linear.default and args[1].numel() > _LARGE:
+            return _linear_in_parts(*args)
+        args, kwargs = widen((args, kwargs))
         found = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, ValueError, AssertionError):  # NotImplementedError is a RuntimeError
         found = _call(node, lambda source: _narrowed(read(source), source.meta["val"]))
     return widen(found)
+
+
+def _linear_in_parts(
+    x: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A projection in float64, so many rows of its weight at a time."""
+    x = widen(x)
+    out = x.new_empty((*x.shape[:-1], weight_NK.shape[0]))
+    rows = max(1, _LARGE // weight_NK.shape[1])
+    for start in range(0, weight_NK.shape[0], rows):
+        part = slice(start, start + rows)
+        bias = None if bias_N is None else widen(bias_N[part])
+        out[..., part] = torch.nn.functional.linear(x, widen(weight_NK[part]), bias)
+    return out
 
 
 def _narrowed(value: Any, like: Any) -> Any:
@@ -157,11 +187,13 @@ class Activations:
 
     def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
         self.graph = graph
+        held = sum(_bytes(constant.tensor) for constant in graph.constants.values())
+        self._limit = max(_LEAST_CACHE, min(_MOST_CACHE, held // 8))
         self._inputs = dict(zip(graph.placeholders, inputs, strict=True))
         self._cache: OrderedDict[fx.Node, Any] = OrderedDict()
 
     def values(self, nodes: Sequence[fx.Node]) -> list[Any]:
-        """The values of nodes; recent ones are kept, up to 256 MiB."""
+        """The values of nodes; recent ones are kept, up to an eighth of the weights."""
         for node in [node for node in self._cache if node._erased]:
             del self._cache[node]
         found = evaluate(self.graph, nodes, {**self._inputs, **self._cache})
@@ -169,7 +201,7 @@ class Activations:
             if node.op == "call_function":
                 self._cache[node] = value
                 self._cache.move_to_end(node)
-        while sum(map(_bytes, self._cache.values())) > _CACHE_BYTES and len(self._cache) > 1:
+        while sum(map(_bytes, self._cache.values())) > self._limit and len(self._cache) > 1:
             self._cache.popitem(last=False)
         return found
 

@@ -26,11 +26,12 @@ from graphopt.compiler.pass_ import Pass
 from graphopt.compiler.reference import computed, output_reference
 from graphopt.compiler.remarks import Remark, Rewrite
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
-from graphopt.gate import kernels, memory, probe
+from graphopt.gate import kernels, probe
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name
 from graphopt.observe.explanation import Explanation, Group
 from graphopt.observe.machine import cpu_name
+from graphopt.observe.memory import account
 from graphopt.observe.snapshot import versions
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime
@@ -90,7 +91,7 @@ def facts_of(subject: Subject) -> dict[str, Any]:
         "plan": _plan(subject, calls),
         "gpu": kernels.on_gpu(calls, subject.limits) if subject.plan is None else None,
         "host": _host(subject.host),
-        "memory": memory.account(subject.graphs),
+        "memory": account(subject.graphs),
         **_numerics(subject),
         "inputs": probe.inputs(subject.captured, subject.inputs),
         "weights": probe.weights(subject.captured),

@@ -44,7 +44,7 @@ def limits_of(locked: Facts, now: Facts, budgets: Budgets) -> dict[str, float]:
     before = locked["latency"]
     comparable = before and before["baseline"] == budgets.baseline and not same_machine(locked, now)
     if budgets.max_slowdown is not None and comparable:
-        found["slowdown"] = before["high"] * (1 + budgets.max_slowdown)
+        found["slowdown"] = before["ratio"] * (1 + budgets.max_slowdown)
     return found
 
 

@@ -7,7 +7,6 @@ branches that touch different models merge. ``docs/gate.md`` has the schema.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -198,6 +197,6 @@ def settled(now: Any, locked: Any, key: str = "") -> Any:
 def _overlap(now: Mapping[str, Any], locked: Mapping[str, Any]) -> bool:
     try:
         same = now["baseline"] == locked["baseline"]
-        return bool(same and now["low"] <= locked["ratio"] <= now["high"] and math.isfinite(locked["high"]))
+        return bool(same and now["low"] <= locked["high"] and locked["low"] <= now["high"])
     except (KeyError, TypeError):
         return False

@@ -15,7 +15,7 @@ import onnx_ir
 import torch
 
 from graphopt.errors import LoweringError
-from graphopt.gate.memory import unique_bytes
+from graphopt.observe.memory import unique_bytes
 from graphopt.runtime.plan import Plan
 
 _SECONDS = 300.0

@@ -87,7 +87,7 @@ class Report:
         candidates: what could run the model, with times and errors.
         plan: a row a step.
         node_times: a row a node of the plan that runs, slowest first.
-        memory: bytes: ``weights``, ``folded`` (constants made at compile time), ``peak_rss``.
+        memory: bytes, of the model ``before`` and ``after``, and of the process: see ``memory_of``.
         versions: of graphopt, Python, PyTorch and the executors.
         seconds: of each stage of the optimization.
         graph_before: the captured graph, to be drawn.
@@ -103,7 +103,7 @@ class Report:
     candidates: Sequence[Candidate]
     plan: Sequence[dict[str, Any]]
     node_times: Sequence[NodeTime]
-    memory: dict[str, int]
+    memory: dict[str, Any]
     versions: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
     graph_before: Sequence[GraphNode] = ()

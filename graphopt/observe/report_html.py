@@ -48,7 +48,14 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    helpers = (summary.ms, summary.error, summary.size, summary.times, summary.short_source)
+    helpers = (
+        summary.ms,
+        summary.error,
+        summary.size,
+        summary.times,
+        summary.short_source,
+        summary.memory_rows,
+    )
     environment.filters |= {helper.__name__: helper for helper in helpers}
     environment.globals["speed_ratio"] = summary.speed_ratio
     return environment.get_template("report.html.jinja")

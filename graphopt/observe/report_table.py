@@ -42,7 +42,7 @@ def show(report: Report, console: Console | None) -> None:
     console.print(Text.assemble((report.model, "bold"), f" runs on {chosen.name}{took}"))
     console.print(Text(summary.claim(report)[1]))
     console.print(Text(report.verdict), end="\n\n")
-    for table in (_candidates(report), _ops(report), _passes(report), _plan(report)):
+    for table in (_candidates(report), _ops(report), _passes(report), _plan(report), _memory(report)):
         console.print(table)
     if missed := summary.misses(report.remarks):
         console.print(_misses(missed))
@@ -94,6 +94,14 @@ def _plan(report: Report) -> Table:
             f"{graphs['coverage']:.0%} of the nodes in {graphs['count']} CUDA graphs,"
             f" whose memory is {summary.size(graphs['bytes'])}"
         )
+    return table
+
+
+def _memory(report: Report) -> Table:
+    table = _table("Memory", "", "before", "after", numbers=(1, 2))
+    for row in summary.memory_rows(report.memory):
+        table.add_row(*row)
+    table.caption = f"The process held {summary.size(report.memory['peak_rss'])} at most."
     return table
 
 

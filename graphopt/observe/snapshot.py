@@ -1,10 +1,8 @@
-"""What the report keeps of graphs, memory and versions, once the graphs themselves are gone."""
+"""What the report keeps of graphs and versions, once the graphs themselves are gone."""
 
 from __future__ import annotations
 
 import platform
-import resource
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -35,21 +33,6 @@ def tensors_of(node: fx.Node) -> str:
     leaves = pytree.tree_leaves(node.meta.get("val"))
     tensors = [val for val in leaves if isinstance(val, torch.Tensor)]
     return ", ".join(f"{str(val.dtype)[6:]} {list(map(str, val.shape))}".replace("'", "") for val in tensors)
-
-
-def memory_of(captured: Graph, rewritten: Graph) -> dict[str, int]:
-    """Bytes of the model's weights, of constants made at compile time, and of the process at its largest."""
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-    return {
-        "weights": _bytes([c.tensor for c in captured.constants.values()]),
-        "folded": _bytes([c.tensor for c in rewritten.constants.values() if c.how]),
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
-    }
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def versions(*others: str) -> dict[str, str]:

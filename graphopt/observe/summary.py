@@ -171,6 +171,26 @@ def error(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
+def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What is said of memory before and after, in words: what, and both sizes."""
+    before, after = memory["before"], memory["after"]
+    return [
+        (label, *(("-" if side[key] is None else size(side[key])) for side in (before, after)))
+        for key, label in _MEMORY.items()
+    ]
+
+
+_MEMORY = {
+    "weights": "the model's own weights",
+    "folded": "constants made when compiling",
+    "activations": "most activations at once, estimated",
+    "block": "activations in one block",
+    "measured": "most that PyTorch allocated in a call",
+    "workspace": "of these, workspace of kernels",
+    "peak": "weights, constants and activations",
+}
+
+
 def size(count: float) -> str:
     """Bytes in the largest fitting binary unit: ``1.5 MiB``."""
     unit, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]

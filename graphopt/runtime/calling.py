@@ -60,15 +60,24 @@ class CallingConvention:
             if expected.node is not None:
                 tensors.append(leaf)
         self._check_names(leaves)
-        if self._guards is not None:
-            try:
-                self._guards(*tensors)
-            except AssertionError as error:
-                raise InputError(
-                    f"the inputs break a relation that the model was captured under: {error}",
-                    hint="optimize again with example inputs like these",
-                ) from None
+        self.check_relations(tensors)
         return tensors
+
+    def check_relations(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Check the relations between sizes of flat tensors that fit the captured inputs one by one.
+
+        Raises:
+            InputError: one does not hold.
+        """
+        if self._guards is None:
+            return
+        try:
+            self._guards(*tensors)
+        except AssertionError as error:
+            raise InputError(
+                f"the inputs break a relation that the model was captured under: {error}",
+                hint="optimize again with example inputs like these",
+            ) from None
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The original's output type around flat outputs."""

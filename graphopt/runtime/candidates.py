@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.reference import Reference, computed
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, LoweringError, said
+from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides
 from graphopt.runtime.measure import Timing, interleaved
-from graphopt.runtime.partition import find_executors, partition
+from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
+from graphopt.runtime.scheduling.arrange import arranged
 from graphopt.runtime.target import Target
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
@@ -69,6 +72,10 @@ class Choice:
         """The chosen one."""
         return next(candidate for candidate in self.candidates if candidate.chosen)
 
+    def plan_of(self, name: str) -> Plan | None:
+        """The plan of a candidate; None where there is no such candidate, or it was dropped."""
+        return next((candidate.plan for candidate in self.candidates if candidate.name == name), None)
+
 
 def plan_candidates(
     captured: Graph,
@@ -90,22 +97,21 @@ def plan_candidates(
 
     Raises:
         LoweringError: the executors insisted on cannot run the model.
-        TargetError: an executor is unknown.
+        TargetError: an executor is unknown, or what it runs on is not there.
     """
     if executors is not None:
-        plan = partition(rewritten, find_executors(executors), target, remarks, effort)
+        plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
         return [Candidate(" + ".join(executors), rewritten, plan)]
-    ways: list[tuple[str, Graph, tuple[str, ...]]] = [
-        ("eager", rewritten, ("eager",)),
-        ("eager (captured graph)", captured, ("eager",)),
-    ]
-    if effort == "measured" and _is_worth_compiling(rewritten, target):
-        ways.insert(0, ("inductor", rewritten, ("inductor", "eager")))
     native = "ort" if target.device.type == "cpu" else "cuda"
-    ways.insert(0, (native, rewritten, (native, "eager")))
-    candidates = []
-    for name, graph, order in ways:
-        candidates.append(_compiled(name, graph, order, target, remarks, effort))
+    compile_too = effort == "measured" and _is_worth_compiling(rewritten, target)
+    candidates = _native(native, rewritten, target, remarks, effort, compile_too)
+    other = besides(target) if effort == "measured" else None
+    if other is not None and _is_here(other, target, remarks):
+        candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
+    if compile_too:
+        candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
+    for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
+        candidates.append(_way(name, graph, ("eager",), target, remarks, effort))
     return candidates
 
 
@@ -124,26 +130,86 @@ def plan_packed(
     native = "ort" if target.device.type == "cpu" else "cuda"
     order = (native, "eager") if executors is None else tuple(executors)
     name = native if executors is None else " + ".join(order)
-    return _compiled(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+    return _way(f"{name}, {PACKED}", packed, order, target, remarks, effort)
 
 
 PACKED = "padding removed"
 
 
-def _compiled(
+def _native(
+    native: str, graph: Graph, target: Target, remarks: Remarks, effort: str, compile_too: bool
+) -> list[Candidate]:
+    """The executor that is made for the device; where it does not take all, every way to mix it with others.
+
+    The regions are merged by the cost model. When there is time to measure, the regions as they were before,
+    and the rest on Inductor instead of PyTorch, are measured beside them.
+    """
+    found = cut(graph, find_executors((native, "eager")), target, remarks)
+    weighed = merged(found, target, effort)
+    candidates = [_compiled(native, weighed, target, remarks, effort)]
+    if effort == "measured" and weighed is not found:
+        name = f"{native} (all that it takes)"
+        candidates.append(_compiled(name, found, target, remarks, effort))
+    if native == "ort" and compile_too and len(found.groups) > 1:
+        mixed = ("ort", "inductor", "eager")
+        candidates.append(_way("ort + inductor", graph, mixed, target, Remarks(), effort))
+    return candidates
+
+
+def _way(
     name: str, graph: Graph, order: Sequence[str], target: Target, remarks: Remarks, effort: str
 ) -> Candidate:
-    candidate = Candidate(name, graph, None)
+    found = merged(cut(graph, find_executors(order), target, remarks), target, effort)
+    return _compiled(name, found, target, remarks, effort)
+
+
+def _compiled(name: str, found: Cut, target: Target, remarks: Remarks, effort: str) -> Candidate:
+    candidate = Candidate(name, found.graph, None)
+    first = found.executors[0].name
     try:
-        plan = partition(graph, find_executors(order), target, remarks, effort)
+        plan = compiled(found, target, remarks, effort)
     except GraphoptError as error:
         candidate.drop(error.message, remarks)
         return candidate
-    if plan.steps and order[0] not in {step.executor for step in plan.steps}:
-        candidate.drop(f"{order[0]} runs no part of it", remarks)
-        return candidate
-    candidate.plan = plan
+    if plan.steps and first not in {step.executor for step in plan.steps}:
+        able = any(refusals[first] is None for refusals in found.refusals)
+        why = ": handing over to it costs more than it gains" if able else ""
+        candidate.drop(f"{first} runs no part of it{why}", remarks)
+    else:
+        candidate.plan = plan
     return candidate
+
+
+def _present(names: Sequence[str], target: Target, remarks: Remarks) -> list[Executor]:
+    """The executors of those names but for those that are not there, each with a remark.
+
+    Raises:
+        TargetError: an executor is unknown, or none of them is there.
+    """
+    found = find_executors(names)
+    reasons = {executor.name: absent(executor, target) for executor in found}
+    here = [executor for executor in found if reasons[executor.name] is None]
+    if not here:
+        what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TargetError(
+            f"no executor that was asked for runs on {target}: {what}",
+            hint="leave executors= out, and the measurement chooses among those that are there",
+        )
+    for executor in found:
+        if executor not in here:
+            _remark_absent(executor.name, reasons[executor.name] or "", remarks)
+    return here
+
+
+def _is_here(name: str, target: Target, remarks: Remarks) -> bool:
+    reason = absent(EXECUTORS[name], target)
+    if reason is not None:
+        _remark_absent(name, reason, remarks)
+    return reason is None
+
+
+def _remark_absent(name: str, reason: str, remarks: Remarks) -> None:
+    remarks.add("missed", "candidates", None, f"{name} is no candidate: {reason}")
 
 
 def _is_worth_compiling(graph: Graph, target: Target) -> bool:
@@ -196,13 +262,31 @@ def choose(
         for candidate, timing in zip(right, timings, strict=True):
             candidate.timing = timing
         best = right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
+        _compare_mixed(right, best, remarks)
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
+    if timed:
+        best.plan = arranged(
+            best.plan, inputs, remarks, lambda after: reference.compare(computed(best.graph, after)).ok
+        )
     for step in best.plan.steps:
         for note in step.program.notes():
             remarks.add(note.kind, step.executor, note.node, note.reason)
     return Choice(candidates)
+
+
+def _compare_mixed(candidates: Sequence[Candidate], best: Candidate, remarks: Remarks) -> None:
+    """Say what was measured of every way to mix executors, beside what was chosen."""
+    for candidate in candidates:
+        steps = candidate.plan.steps if candidate.plan is not None else ()
+        if len(steps) < 2 or candidate.timing is None or best.timing is None:
+            continue
+        counts = Counter(step.executor for step in steps)
+        mix = " and ".join(f"{count} on {name}" for name, count in counts.items())
+        took = f"{candidate.name}: {len(steps)} regions, {mix}, take {candidate.timing.median_ms:.3f} ms"
+        beside = "the fastest" if candidate is best else f"{best.name} takes {best.timing.median_ms:.3f} ms"
+        remarks.add("analysis", "candidates", None, f"{took}; {beside}")
 
 
 def _outside(plan: Plan, remarks: Remarks) -> str:

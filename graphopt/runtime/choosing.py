@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from graphopt.compiler.device import l2_bytes
 from graphopt.compiler.reference import Reference
 from graphopt.compiler.tolerance import REGION_FLOOR_ULPS
 from graphopt.errors import said
@@ -132,7 +133,7 @@ class Choosing:
                 right = self._right(node, ways, copies, kwargs, refused)
                 best = self._as_before(node, right)
                 if self._timed and len(right) > 1:
-                    us = self._times(right, copies, kwargs)
+                    us = self._times(node, right, copies, kwargs)
                     best = min(right, key=lambda way: us[way.name])
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
@@ -164,7 +165,7 @@ class Choosing:
         right = []
         for way in others:
             try:
-                with warnings.catch_warnings(), prefetched_weights():  # as in the capture
+                with warnings.catch_warnings(), prefetched_weights(_weights(node, copies)):  # as captured
                     warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend is none
                     if way.name == "triton" and self._timed:
                         tune(_rotating(way, copies, kwargs), timer=self._timer)
@@ -179,7 +180,11 @@ class Choosing:
         return [*right, last]
 
     def _times(
-        self, ways: Sequence[Implementation], copies: Sequence[tuple[Any, ...]], kwargs: dict[str, Any]
+        self,
+        node: fx.Node,
+        ways: Sequence[Implementation],
+        copies: Sequence[tuple[Any, ...]],
+        kwargs: dict[str, Any],
     ) -> dict[str, float]:
         """Microseconds a call of each, its weights read from memory and not from the L2 cache."""
         calls = -(-len(copies) // REPEATS)
@@ -192,7 +197,7 @@ class Choosing:
             return repeat
 
         thunks = [several(_rotating(way, copies, kwargs)) for way in ways]
-        with prefetched_weights():
+        with prefetched_weights(_weights(node, copies)):
             times = (self._timer or interleaved)(thunks)
         return {way.name: time / calls for way, time in zip(ways, times, strict=True)}
 
@@ -207,24 +212,30 @@ def _rotating(
 
 def _copies(node: fx.Node, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """The arguments with so many copies of the weights that the L2 cache cannot hold them."""
-    weights = [
+    weights = _constant_places(node)
+    size = sum(args[index].numel() * args[index].element_size() for index in weights)
+    if size == 0:
+        return [args]
+    count = min(_MOST_COPIES, math.ceil(_CACHES * l2_bytes(args[weights[0]].device) / size))
+    others = (tuple(a.clone() if i in weights else a for i, a in enumerate(args)) for _ in range(count - 1))
+    copies = [args, *others]
+    if args[weights[0]].is_cuda:  # kernels may read them before they wait for the kernels that made them
+        torch.cuda.synchronize(args[weights[0]].device)
+    return copies
+
+
+def _constant_places(node: fx.Node) -> list[int]:
+    """Which arguments of a call are constants of the graph."""
+    return [
         index
         for index, argument in enumerate(node.args)
         if isinstance(argument, fx.Node) and argument.op == "get_attr"
     ]
-    size = sum(args[index].numel() * args[index].element_size() for index in weights)
-    if size == 0:
-        return [args]
-    count = min(_MOST_COPIES, math.ceil(_CACHES * _l2_bytes(args[weights[0]].device) / size))
-    others = (tuple(a.clone() if i in weights else a for i, a in enumerate(args)) for _ in range(count - 1))
-    return [args, *others]
 
 
-def _l2_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    size: int = torch.cuda.get_device_properties(device).L2_cache_size
-    return size
+def _weights(node: fx.Node, copies: Sequence[tuple[Any, ...]]) -> list[torch.Tensor]:
+    """The constants among the arguments, of all copies."""
+    return [args[index] for args in copies for index in _constant_places(node)]
 
 
 def _given(

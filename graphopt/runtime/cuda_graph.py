@@ -6,13 +6,16 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from graphopt.kernels._capture import own_stream
+
 Function = Callable[..., Sequence[Any]]
 
+_AS_IT_IS = nullcontext()
 _CAPTURING = threading.Lock()  # PyTorch captures one graph at a time in a process
 
 
@@ -27,8 +30,8 @@ class CudaGraph:
         function: runs on the current stream, waits for nothing and reads no value back.
         inputs: tensors on one GPU.
         pool: of memory, from ``torch.cuda.graph_pool_handle``; graphs that share one must not run at once.
-        device: the GPU.
-        during: entered around the capture.
+        stream: to capture on; nothing else may run there but captures into the same pool.
+        during: entered around the capture, and the run ahead of it that compiles the same kernels.
 
     Raises:
         RuntimeError: a kernel fails, or does what cannot be captured; memory is short.
@@ -39,27 +42,24 @@ class CudaGraph:
         function: Function,
         inputs: Sequence[torch.Tensor],
         pool: Any,
-        device: torch.device,
+        stream: torch.cuda.Stream,
         during: AbstractContextManager[Any],
     ) -> None:
         self._inputs = [torch.empty_like(tensor) for tensor in inputs]
         self._input_places = _by_dtype(inputs)
         with torch.no_grad(), _CAPTURING:
             self._take(inputs)
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                function(*self._inputs)  # kernels compile, and libraries allocate, before the capture
             self._graph = torch.cuda.CUDAGraph()
-            with (
-                during,
-                warnings.catch_warnings(),
-                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
-                warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-                self._outputs = list(function(*self._inputs))
+            with during:
+                function(*self._inputs)  # kernels compile before the capture, and on another stream
+                self._outputs = self._captured(function, pool, stream)
             self._result_places = _by_dtype(self._outputs)
-            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _captured(self, function: Function, pool: Any, stream: torch.cuda.Stream) -> list[Any]:
+        graph = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with warnings.catch_warnings(), graph:
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            return list(function(*self._inputs))
 
     def replay(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         """Run on the current stream, on inputs of the captured shapes; returns fresh tensors."""
@@ -99,13 +99,15 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._capturing: torch.cuda.Stream | None = None
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = -1
 
     def here(self) -> AbstractContextManager[Any]:
         """A block in which the GPU is the current device, as all other methods want it."""
-        return torch.cuda.device(self.device)
+        # What a call does ahead of its first kernel a GPU that is idle waits for: no device is set in vain.
+        return _AS_IT_IS if torch.cuda.current_device() == self._index else torch.cuda.device(self.device)
 
     def capture(
         self,
@@ -114,7 +116,9 @@ class CudaGraphs:
         during: AbstractContextManager[Any],
     ) -> CudaGraph:
         """Capture a function; see ``CudaGraph``."""
-        return CudaGraph(function, inputs, self._pool, self.device, during)
+        if self._capturing is None:
+            self._capturing = own_stream(self.device)
+        return CudaGraph(function, inputs, self._pool, self._capturing, during)
 
     def follow(self) -> None:
         """Let the current stream wait for the one that the graphs ran on last: they share their memory."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from graphopt.runtime.rounds import event_clock, wall_clock
+from graphopt.runtime.rounds import event_clock, interleave, wall_clock
 
 _WARM_UP = 2
-_MIN_ROUNDS, _MAX_ROUNDS = 5, 50
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 25  # each of two calls of a candidate
 _HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
 
 
@@ -37,24 +38,22 @@ def interleaved(
 
     Args:
         candidates: each runs once when called.
-        seconds: about how long to spend; at least 5 and at most 50 rounds are run.
+        seconds: about how long to spend; at least 6 and at most 50 calls of each are timed.
         device: whose work to wait for.
 
     Returns:
         A timing per candidate, in order; one that is hopeless in its warm-up keeps that as its timing.
     """
-    times = [[_call(candidate, device) for _ in range(_WARM_UP)] for candidate in candidates]
-    best = min(min(row) for row in times)
-    order = [index for index, row in enumerate(times) if min(row) <= _HOPELESS * best]
-    cost = sum(min(times[index]) for index in order) / 1e3
+    clock = functools.partial(_call, device=device)
+    names = list(map(str, range(len(candidates))))
+    sides = dict(zip(names, candidates, strict=True))
+    times = {name: [clock(sides[name]) for _ in range(_WARM_UP)] for name in names}
+    best = min(map(min, times.values()))
+    hopeful = {name: sides[name] for name in names if min(times[name]) <= _HOPELESS * best}
+    cost = 2 * sum(min(times[name]) for name in hopeful) / 1e3
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
-    for index in order:
-        times[index].clear()
-    for _ in range(rounds):
-        for index in order:
-            times[index].append(_call(candidates[index], device))
-        order.reverse()
-    return [_timing(row) for row in times]
+    times |= interleave(hopeful, rounds, clock=clock, warm_up=0)
+    return [_timing(times[name]) for name in names]
 
 
 def _call(candidate: Callable[[], object], device: torch.device) -> float:

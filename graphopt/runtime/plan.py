@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from graphopt.ir.graph import Graph
 from graphopt.runtime.executors import Program
+from graphopt.runtime.memory import peak_bytes
 from graphopt.runtime.region import Region
 
 
@@ -23,12 +24,29 @@ class Step:
         region: what it computes.
         program: the compiled region.
         frees: names of values that nobody reads after this step.
+        reason: why it is this executor's, in words.
     """
 
     executor: str
     region: Region
     program: Program
     frees: tuple[str, ...] = ()
+    reason: str = ""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        """Run the program; an error is told which step it came from."""
+        try:
+            return self.program.run(inputs)
+        except Exception as error:
+            error.add_note(f"in step {self.region.name} of the plan, on {self.executor}")
+            raise
+
+
+class Runner(Protocol):
+    """Runs a plan in another way than one step after the other."""
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        """The plan's flat outputs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class Plan:
         outputs: what the model returns, in order: the name of a value, or a literal.
         constants: values that the model returns as they are.
         steps: in order.
+        lanes: of each step, when they run side by side: a thread on a CPU, a stream on a GPU.
+        runner: runs them so; None runs them in order.
         padded: of a plan that packs tokens, what runs instead where there is nothing to gain.
     """
 
@@ -49,7 +69,13 @@ class Plan:
     outputs: tuple[Any, ...]
     constants: dict[str, torch.Tensor]
     steps: tuple[Step, ...]
+    lanes: tuple[int, ...] = ()
+    runner: Runner | None = None
     padded: Padded | None = None
+
+    def ends(self, values: Mapping[str, Any]) -> list[Any]:
+        """The flat outputs among the values that the steps made."""
+        return [values[end.name] if isinstance(end, Value) else end for end in self.outputs]
 
     def serving(self, inputs: Sequence[torch.Tensor]) -> Plan:
         """The plan that runs these inputs: itself, or the one that keeps the padding."""
@@ -58,19 +84,22 @@ class Plan:
         return self.padded.plan
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a step, JSON-ready."""
+        """A row a step, JSON-ready; ``activation_bytes`` is the most that its values take at once."""
         rows = []
-        for step in self.steps:
+        for index, step in enumerate(self.steps):
             counts = step.region.graph.op_counts()
             rows.append(
                 {
                     "step": step.region.name,
                     "executor": step.executor,
+                    "reason": step.reason,
                     "device": str(self.device),
                     "nodes": len(step.region.graph.calls),
                     "ops": counts,
                     "reads": list(step.region.reads),
                     "writes": list(step.region.writes),
+                    "activation_bytes": peak_bytes([step.region.graph]),
+                    **({"lane": self.lanes[index]} if self.lanes else {}),
                     **step.program.describe(),
                 }
             )

@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from graphopt.compiler.device import l2_bytes
+
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
 Verdict = Literal["faster", "level", "slower"]
@@ -37,6 +39,7 @@ def interleave(
     seconds: float | None = None,
     clock: Clock | None = None,
     on_round: Callable[[float], None] | None = None,
+    warm_up: int = _WARM_UP,
 ) -> dict[str, list[float]]:
     """Times in milliseconds, in rounds of A B C, C B A, so that drift hits every side alike.
 
@@ -46,6 +49,7 @@ def interleave(
         seconds: begin no round after so many, the first three excepted; None for all rounds.
         clock: runs a side and tells its time; by default the wall's.
         on_round: called after every round with the fraction of the rounds, or of the time, that is done.
+        warm_up: calls of every side before the first round.
 
     Returns:
         Two times a round and side, in order.
@@ -56,7 +60,7 @@ def interleave(
     clock = clock or wall_clock
     names = list(sides)
     for name in names:
-        for _ in range(_WARM_UP):
+        for _ in range(warm_up):
             clock(sides[name])
     times: dict[str, list[float]] = {name: [] for name in names}
     start, done = time.perf_counter(), 0
@@ -119,8 +123,7 @@ def clock_of(device: torch.device, *, cold: bool = False) -> Clock:
         return _settled_clock
     flush = None
     if cold:
-        size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(size, dtype=torch.int8, device=device)
+        flush = torch.empty(4 * l2_bytes(device), dtype=torch.int8, device=device)
 
     def clock(run: Run) -> float:
         run()

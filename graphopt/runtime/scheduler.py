@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from graphopt.runtime.plan import Plan, Value
+from graphopt.runtime.plan import Plan
 
 
 def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
-    """Run a plan's steps in order, letting go of every value after its last reader.
+    """Run a plan: as its runner does, or its steps in order, letting go of values after their last reader.
+
+    Safe from several threads: programs are, and values belong to the call.
 
     Args:
         plan: the plan.
@@ -21,11 +23,13 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
         The flat outputs, in order.
     """
     plan = plan.serving(inputs)
+    if plan.runner is not None:
+        return plan.runner.run(inputs)
     values: dict[str, Any] = dict(zip(plan.inputs, inputs, strict=True))
     values.update(plan.constants)
     for step in plan.steps:
-        results = step.program.run([values[name] for name in step.region.reads])
+        results = step.run([values[name] for name in step.region.reads])
         values.update(zip(step.region.writes, results, strict=True))
         for name in step.frees:
             values.pop(name, None)
-    return [values[end.name] if isinstance(end, Value) else end for end in plan.outputs]
+    return plan.ends(values)

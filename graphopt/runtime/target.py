@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.compiler.device import Limits, device_limits
 from graphopt.errors import TargetError
+from graphopt.runtime.ort_options import OrtOptions
 
 _KNOWN = ("auto", "cpu", "cuda", "cuda:<index>")
 
@@ -18,9 +19,11 @@ class Target:
 
     Args:
         device: the device that inputs, weights and outputs are on.
+        ort: how the executors on ONNX Runtime open their sessions.
     """
 
     device: torch.device
+    ort: OrtOptions = field(default_factory=OrtOptions)
 
     @staticmethod
     def of(target: str | Target, home: torch.device) -> Target:

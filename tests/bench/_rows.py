@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from graphopt.bench.case import Case, Setting, command_of, failed_row
+from graphopt.bench.case import failed_row
 from graphopt.bench.results import results
 from graphopt.bench.rows import FORMAT, SCHEMA
+from graphopt.bench.setting import Case, Setting, command_of
 from graphopt.bench.side import AGAIN, Side, Times
 
 

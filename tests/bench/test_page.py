@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.bench.case import Case
 from graphopt.bench.page import render, write_page
 from graphopt.bench.plot import Bar, Line, bars, lines, ticks
+from graphopt.bench.setting import Case
 from graphopt.bench.side import Side
 from tests.bench._rows import failing, row
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.stats import Stats
 
-from graphopt.bench.case import Case
 from graphopt.bench.pytest_json import converted, write_pytest_json
+from graphopt.bench.setting import Case
 from tests.bench._rows import failing, row
 
 ROOT = Path(__file__).resolve().parents[2]

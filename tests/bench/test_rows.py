@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.bench.case import Case
 from graphopt.bench.rows import append, holds_rows, line, read, read_all, require_appendable
+from graphopt.bench.setting import Case
 from graphopt.errors import GraphoptError, InputError, OutputError
 from tests.bench._rows import failing, row
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import BertConfig, BertModel
 
 from graphopt.bench import side
-from graphopt.bench.case import Case, Setting, command_of, run_case
+from graphopt.bench.case import run_case
+from graphopt.bench.inputs import real_only
 from graphopt.bench.peer import Mode, Peer, Problem, eager
 from graphopt.bench.peers import PEERS, named
+from graphopt.bench.setting import Case, Setting, command_of
 from graphopt.errors import GraphoptError, InputError
 from graphopt.runtime import rounds
+from tests._clock import Clock
 
 CPU = torch.device("cpu")
 
@@ -42,10 +45,10 @@ def peer(monkeypatch: pytest.MonkeyPatch, name: str, *modes: Mode) -> None:
     monkeypatch.setitem(PEERS, name, Peer(name, lambda problem: modes))
 
 
-def slowed(seconds: float) -> Callable[[Problem], Any]:
+def slowed(clock: Clock, seconds: float) -> Callable[[Problem], Any]:
     def build(problem: Problem) -> Any:
         run = eager(problem.model, problem.args, problem.kwargs)
-        return lambda: (time.sleep(seconds), run())[1]
+        return lambda: (clock.sleep(seconds), run())[1]
 
     return build
 
@@ -110,11 +113,21 @@ def test_a_row_holds_every_side_and_its_error() -> None:
     assert told[-1] == ("measure", 1.0)
 
 
+def timed(clock: Clock, run: Callable[[], Any]) -> float:
+    """Milliseconds that pass on a clock of which nothing but a nap knows."""
+    start = clock.now
+    run()
+    return 1e3 * (clock.now - start)
+
+
 def test_a_slower_peer_is_found_slower_and_its_faster_mode_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer(monkeypatch, "sleepy", Mode("deep", slowed(0.03)), Mode("light", slowed(0.01)))
+    clock = Clock()
+    monkeypatch.setattr(side, "clock_of", lambda device, cold: lambda run: 1.0 + timed(clock, run))
+    peer(monkeypatch, "sleepy", Mode("deep", slowed(clock, 0.03)), Mode("light", slowed(clock, 0.01)))
     row = measure(Case("zoo:tiny"), tiny(), ("sleepy",))
     assert row["ratio"]["sleepy"]["mode"] == "light"
-    assert row["ratio"]["sleepy"]["ratio"] > 1
+    assert row["ratio"]["sleepy"]["ratio"] == pytest.approx(11.0)
+    assert row["ratio"]["sleepy"]["verdict"] == "faster"
     assert [found["counts"] for found in row["sides"]] == [True, False, True]
 
 
@@ -133,7 +146,7 @@ def test_what_is_wrong_or_fails_is_marked_and_not_timed(monkeypatch: pytest.Monk
         return run
 
     modes = [Mode(build.__name__, build) for build in (off, broken, breaks)]
-    peer(monkeypatch, "bad", *modes, Mode("died", slowed(0)))
+    peer(monkeypatch, "bad", *modes, Mode("died", slowed(Clock(), 0)))
     row = measure(Case("zoo:tiny"), tiny(), ("bad", "eager"), crashed={"bad (died)": "the process died"})
     off_, broken_, breaks_, died = (found for found in row["sides"] if found["peer"] == "bad")
     assert off_["wrong"].startswith("error 1")
@@ -149,6 +162,63 @@ def test_ragged_batches_state_their_fill() -> None:
     assert row["lengths"]["kind"] == "real"
     assert len(row["lengths"]["values"]) == 3
     assert row["lengths"]["fill"] == pytest.approx(sum(row["lengths"]["values"]) / 36, abs=1e-3)
+
+
+def tampered(where: Callable[[torch.Tensor], torch.Tensor]) -> Mode:
+    """The model, but for tokens: of their outputs ``where`` (padded or real, by the mask) is doubled."""
+
+    def build(problem: Problem) -> Any:
+        run, real = (
+            eager(problem.model, problem.args, problem.kwargs),
+            problem.kwargs["attention_mask"].bool(),
+        )
+
+        def tampering() -> list[torch.Tensor]:
+            tokens, pooled = run()
+            return [torch.where(where(real)[..., None], 2 * tokens, tokens), pooled]
+
+        return tampering
+
+    return Mode("", build)
+
+
+def test_in_a_ragged_batch_only_real_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer(monkeypatch, "packs", tampered(torch.logical_not))
+    peer(monkeypatch, "errs", tampered(lambda real: real))
+    row = measure(Case("zoo:bert", lengths="real"), bert(), ("packs", "errs"))
+    packs, errs = row["sides"][1:]
+    assert row["lengths"]["compared"] == "real tokens"
+    assert "wrong" not in packs
+    assert packs["error"] < 1e-5
+    assert errs["wrong"].startswith("error ")
+    assert "packs" in row["ratio"] and "errs" not in row["ratio"]
+    full = measure(Case("zoo:bert"), bert(), ("packs",))
+    assert "wrong" not in full["sides"][1]  # a full batch has no padding to tamper with
+
+
+def test_padding_is_left_out_of_outputs_of_tokens_alone() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    before = [torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(2, 4, 3), torch.ones(2, 3, 2)]
+    reference = Mock(before=before, float64=[value.double() for value in before])
+    found = real_only([7 * value for value in before], reference, mask)
+    padded = torch.ones(2, 3, 4)
+    padded[0, :2], padded[1] = 7, 7
+    assert torch.equal(found[0], padded)
+    assert all(torch.equal(value, 7 * whole) for value, whole in zip(found[1:3], before[1:3], strict=True))
+    assert real_only([torch.ones(2, 3, 4).half(), *before[1:]], reference, mask)[0].dtype == torch.float16
+
+
+def test_a_long_call_is_announced_and_a_short_one_is_not() -> None:
+    took = {"a": 2000.0, "b": 3.0}
+    runs: dict[str, Any] = {key: (lambda key=key: key) for key in took}
+    told: list[str] = []
+    turns = side._Turns(runs, lambda run: took[run()], lambda what, done: told.append(what), 0.0, 1.0)
+    for key in "abab":
+        assert turns.clock(runs[key]) == took[key]
+    turns.on_round(0.5)
+    assert told == ["run a", "run b", "run a", "measure"]
+    assert [side.side_of(what) for what in told] == ["a", "b", "a", ""]
+    assert side.side_of("build graphopt (ort)") == side.side_of("optimize, cold") == ""
 
 
 def test_another_dtype_is_judged_by_its_own_rounding() -> None:
@@ -207,6 +277,8 @@ def test_the_command_says_all_that_matters() -> None:
         "graphopt bench zoo:bert --against inductor --batch 8 --seq 64 --set layers=2 --dtype float16"
         " --lengths real --device cuda:1 --seed 3 --rounds 12 --seconds 5 --threads 2"
     )
+    assert command_of(Case("zoo:tiny"), Setting(limit=5.0)).endswith(" --limit 5")
+    assert command_of(Case("zoo:tiny"), Setting(limit=None)).endswith(" --limit 0")
 
 
 def test_cases_have_names_of_their_own() -> None:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from graphopt.bench import summary, table
-from graphopt.bench.case import Case
+from graphopt.bench.setting import Case
 from graphopt.bench.side import Side
 from tests.bench._rows import failing, row
 

@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+# A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from graphopt.cli import main; main()"
+)
 ZOO = """
 import time
 import torch
@@ -110,11 +115,10 @@ def run() -> Callable[..., Any]:
 @pytest.fixture
 def start() -> Callable[..., subprocess.Popen[str]]:
     """The command as a process of its own."""
-    code = "from graphopt.cli import main; main()"
 
     def start(*args: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", code, *args],
+            [sys.executable, "-c", COMMAND, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -173,7 +173,7 @@ def test_a_fault_of_graphopt_is_one_line_and_a_way_out(
     def boom(*_: object, **__: object) -> None:
         raise RuntimeError("a register is on fire\nsecond line")
 
-    monkeypatch.setattr(importlib.import_module("graphopt.cli.optimize"), "run", boom)
+    monkeypatch.setattr(importlib.import_module("graphopt.optimize"), "optimize", boom)
     result = run("optimize", "zoo:block", "-o", "out")
     assert result.exit_code == 4
     assert result.stderr == (

@@ -132,7 +132,7 @@ def lock_text(tmp_path_factory: pytest.TempPathFactory) -> str:
         patch.setattr(
             "graphopt.cli._subject._as_fast", lambda *_: True
         )  # no test depends on this machine's load
-        done = made.run("lock", "model:make", "--seconds", "0.1", "-q")
+        done = made.run("lock", "model:make", "--seconds", "0.1", "--processes", "1", "-q")
         assert done.exit_code == 0, done.output
         sys.modules.pop("model", None)
         return made.lock.read_text()

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.capture.export import capture
-from graphopt.gate import cache, causes, host, memory, probe
+from graphopt.gate import cache, causes, host, probe
 from graphopt.gate.compare import differences
 from graphopt.gate.facts import pattern_of, portable
 from tests.gate.conftest import told
@@ -54,24 +53,6 @@ def test_a_wait_that_capture_decided_is_told_and_one_that_is_left_fails(lock_tex
     left["ops"]["aten.item"] = 1
     rows = [finding.to_dict() for finding in differences(facts, left)]
     assert told(rows, "syncs", "failed")["source"] == "m.py:3"
-
-
-class Chain(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.cat([x @ self.weight] * 4)  # 4 x 8 x 8 floats beside 8 x 8
-        return wide.reshape(4, 8, 8).sum(0)
-
-
-def test_memory_is_what_is_alive_at_once() -> None:
-    found = memory.account([capture(Chain().eval(), (torch.randn(8, 8),))])
-    assert (found["weights"], found["folded"]) == (256, 0)
-    assert found["activations"] == 5 * 256  # the product and the four copies; the view of them is no value
-    assert found["peak"] == found["weights"] + found["activations"]
-    assert found["largest"].startswith("aten.cat of float32 [32, 8] at ")
 
 
 def test_the_distance_of_sketches_is_that_of_the_outputs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_a_spec_that_fails_half_way_leaves_the_lock_alone(locked: Project) -> No
     locked.write(
         locked.folder.joinpath("model.py").read_text() + "\n\ndef broken():\n    raise ValueError('no')\n"
     )
-    done = locked.run("lock", "model:make", "model:broken", "--force", "--seconds", "0.1")
+    done = locked.run("lock", "model:make", "model:broken", "--force", "--seconds", "0.1", "--processes", "1")
     assert done.exit_code == 2
     assert "model:broken raises: ValueError: no" in done.stderr
     assert locked.lock.read_text() == before
@@ -167,7 +168,8 @@ def test_a_disk_that_is_full_leaves_the_lock_alone(locked: Project, monkeypatch:
     monkeypatch.setattr(Path, "write_text", full)
     locked.change(lambda entry: None)
     before = locked.lock.read_text()
-    for args in (("check", "--no-time", "--update"), ("lock", "model:make", "--force", "--seconds", "0.1")):
+    again = ("lock", "model:make", "--force", "--seconds", "0.1", "--processes", "1")
+    for args in (("check", "--no-time", "--update"), again):
         done = locked.run(*args)
         assert done.exit_code == 2, done.output
         assert "cannot write graphopt.lock: No space left on device" in done.stderr
@@ -219,6 +221,24 @@ def test_settled_keeps_what_a_busy_machine_adds_to_small_amounts() -> None:
     assert settled({"load_ms": 40.0, "peak_bytes": 12 * 2**20}, old) == old
     new = {"load_ms": 90.0, "peak_bytes": 60 * 2**20}
     assert settled(new, old) == new
+
+
+def test_a_lock_is_timed_in_several_processes(project: Project) -> None:
+    done = project.run("lock", "model:make", "--seconds", "0.1", "--processes", "2")
+    assert done.exit_code == 0, done.output
+    found = json.loads(project.lock.read_text())["models"]["model:make"]["facts"]["latency"]
+    assert found["processes"] == 2
+    assert found["low"] <= found["ratio"] <= found["high"]
+
+
+def test_a_model_that_no_other_process_can_load_is_locked_by_one_alone(project: Project) -> None:
+    project.edit("def make():", f"def make():\n    assert __import__('os').getpid() == {os.getpid()}")
+    done = project.run("lock", "model:make", "--seconds", "0.1", "--processes", "2")
+    assert done.exit_code == 2
+    assert "cannot be timed in a process of its own" in done.stderr
+    assert "--processes 1" in done.stderr
+    assert not project.lock.exists()
+    assert project.run("lock", "model:make", "--seconds", "0.1", "--processes", "1").exit_code == 0
 
 
 def test_settled_keeps_a_ratio_whose_interval_holds_the_old_one() -> None:

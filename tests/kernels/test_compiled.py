@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,12 @@ pytestmark = pytest.mark.skipif(_triton.triton is None, reason="Triton is not in
 
 
 @functools.cache
-def compiled() -> dict[str, dict[str, int]]:
+def compiled() -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels._compile"]
     said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
-    found: dict[str, dict[str, int]] = json.loads(said.stdout)
+    found: dict[str, dict[str, Any]] = json.loads(said.stdout)
     return found
 
 
@@ -51,7 +52,7 @@ def allowed(name: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_kernel_needs_no_more_than_was_recorded(name: str) -> None:
     assert name in compiled(), "it is compiled no more: record again"
-    over = {what: used for what, used in compiled()[name].items() if used > allowed(name)[what]}
+    over = {what: most for what, most in allowed(name).items() if compiled()[name][what] > most}
     assert over == {}, f"recorded: {RECORDED[name]}"
 
 
@@ -65,6 +66,12 @@ def test_nothing_recorded_spills_or_starves(name: str) -> None:
     programs = 1 if name.startswith(("_linear", "_gated_mlp")) else 2
     assert was["local"] == 0
     assert programs * was["threads"] * was["registers"] <= 65536
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_kernel_keeps_the_rules_of_dependent_launches(name: str) -> None:
+    """As ``kernels/_triton.py`` states them; ``_dependence.py`` reads the code."""
+    assert compiled()[name]["hazards"] == []
 
 
 def test_every_compiled_kernel_is_recorded() -> None:

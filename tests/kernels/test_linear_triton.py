@@ -31,6 +31,7 @@ POINTERS = [tiles(16, 16, 16, 4, 2), tiles(16, 32, 32, 4, 2, group=1), tiles(32,
 TMA = [
     tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT),
     tma_tiles(64, 16, 64, 4, 2, tma=EACH),
+    tma_tiles(64, 32, 32, 4, 2, halves=True),
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
@@ -138,3 +139,15 @@ def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, 
         assert (cut["BLOCK_M"] + cut["BLOCK_N"]) * cut["BLOCK_K"] * 2 * config.num_stages <= 227 * 1024
         assert cut["TMA"] == 0 or tma
         assert (cut["SPLITS"] - 1) * cut["BLOCK_K"] < shape[2] or cut["SPLITS"] == 1
+
+
+def test_a_residual_leaves_no_room_for_the_largest_tile_by_tma() -> None:
+    """128x256 finished whole needs 64 KB for itself, and as much again for the residual's way."""
+    plain, added = (
+        linear_configs(4096, 3072, 768, 2, Chip(132, 227 * 1024), True, False, True, residual)
+        for residual in (False, True)
+    )
+    assert plain[0] == tma_tiles(128, 256, 64, 8, 3)
+    assert plain[0] not in added
+    assert tma_tiles(128, 256, 64, 8, 3, halves=True) in added
+    assert set(map(str, added)) < set(map(str, plain))

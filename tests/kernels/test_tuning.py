@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -168,6 +169,17 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
         tune(launcher(kernel), X, timer=timed(kernel))
     launcher(kernel)(X)
     assert kernel.launched[-1] == 2
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    kernel = Kernel()
+    with pytest.warns(RuntimeWarning, match="cannot be written, the tuning lasts this process: .*No space"):
+        tune(launcher(kernel), X, timer=timed(kernel))
+    assert files() == []
 
 
 def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

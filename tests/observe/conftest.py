@@ -12,6 +12,7 @@ from graphopt.compiler.remarks import Remark, Rewrite
 from graphopt.observe.report import BASELINE, Candidate, GraphNode, Report
 from graphopt.runtime.profile import NodeTime
 
+MEMORY = ("weights", "folded", "activations", "block", "measured", "workspace", "peak")
 HOSTILE = """</script><img src=x onerror="document.title='owned'">'{{ 7 * 7 }}[bold]"""
 
 
@@ -80,7 +81,13 @@ def a_report() -> Report:
             NodeTime("add", "Add", "ort", 0.05, "/m/model.py:5", "body"),
             NodeTime("node_Cast_1", "Cast", "ort", 0.1, "", ""),
         ],
-        memory={"weights": 1536, "folded": 0, "peak_rss": 2**30},
+        memory={
+            "weights": 1536,
+            "folded": 0,
+            "before": dict.fromkeys(MEMORY, 1536),
+            "after": {**dict.fromkeys(MEMORY, 2048), "measured": None, "workspace": None},
+            "peak_rss": 2**30,
+        },
         versions={"graphopt": "0.1.0", "torch": "2.13.0"},
         seconds={"capture": 1.0},
         graph_before=before,

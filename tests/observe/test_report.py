@@ -18,7 +18,7 @@ KEYS = {
     "remarks": {"kind", "pass", "node", "source", "module", "reason", "bytes", "flops", "ms"},
     "candidates": {"executor", "ms", "error", "chosen"},
     "plan": {"step", "executor"},
-    "memory": {"weights"},
+    "memory": {"weights", "before", "after"},
     "versions": {"graphopt", "torch"},
 }
 

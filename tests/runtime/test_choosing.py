@@ -160,7 +160,7 @@ def test_copies_of_weights_are_as_many_as_the_cache_asks_for(monkeypatch: pytest
     graph = graph_of(Linears())
     node = next(node for node in graph.calls if "linear" in str(node.target))
     weight, bias = (graph.constant(argument) for argument in node.args[1:3])
-    monkeypatch.setattr(choosing, "_l2_bytes", lambda device: 10 * (36 + 6) * 4)
+    monkeypatch.setattr(choosing, "l2_bytes", lambda device: 10 * (36 + 6) * 4)
     copies = choosing._copies(node, (X, weight, bias))
     assert len(copies) == 20
     assert all(copy[0] is X for copy in copies)

@@ -132,6 +132,38 @@ def test_dynamic_shapes_are_captured_when_they_come_again() -> None:
 
 
 @pytest.mark.gpu
+def test_a_weight_that_the_graph_computes_is_not_read_early() -> None:
+    """The kernel that makes it runs long, right ahead of the norm, whose programs are there by then."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor, much: torch.Tensor) -> torch.Tensor:
+            weight = much.sum(0)
+            return torch.layer_norm(x, [x.shape[1]], weight, weight)
+
+    x, much = randn(64, 768).cuda(), randn(65536, 768).cuda()
+    opt = graphopt.optimize(Scaled().cuda(), (x, much), executors=("cuda",))
+    for turn in range(20):
+        expected = torch.layer_norm(x, [768], *(2 * [(turn * much).sum(0)]))
+        torch.testing.assert_close(opt(x, turn * much), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_graph_writes_to_no_memory_but_its_own_when_workspaces_are_cleared() -> None:
+    """As Inductor clears them ahead of its own captures: what is allocated next may get their place."""
+    model = nn.Linear(16384, 64, bias=False).half().cuda()  # so deep that cuBLAS cuts it into parts
+    x = randn(64, 16384).half().cuda()
+    with torch.no_grad():
+        opt = graphopt.optimize(model, (x,), executors=("cuda",), effort="fast")
+        first = opt(x)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held = [torch.zeros(2**20, dtype=torch.int8, device="cuda") for _ in range(256)]
+        for _ in range(10):
+            assert torch.equal(opt(x), first)
+        assert not any(x.any().item() for x in held)
+
+
+@pytest.mark.gpu
 def test_streams_and_threads_do_not_mix_their_calls() -> None:
     example = on_gpu(mlp())
     opt = graphopt.optimize(example.model, example.args, executors=("cuda",))

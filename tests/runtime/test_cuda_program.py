@@ -61,6 +61,25 @@ def test_the_kernels_of_an_encoder_together_are_as_exact_as_the_model() -> None:
         assert chosen["graphopt.linear_add_layer_norm"] == "triton"
 
 
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="in Triton's interpreter")
+@pytest.mark.usefixtures("stand_in")
+def test_every_norm_of_an_encoder_may_read_its_weights_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the capture: the executor vouches for the very memory that its kernels are given."""
+    vouched: list[bool] = []
+
+    def seen(device: torch.device, early: tuple[torch.Tensor, ...]) -> int:
+        constants = _triton._constants.get()
+        if constants is not None and early:
+            vouched.append(all(_triton._memory(x) in constants for x in early))
+        return 0
+
+    monkeypatch.setattr(_triton, "dependence", seen)
+    prepared = Prepared(bert())
+    prepared.agrees(prepared.inputs)
+    assert len(vouched) > 2
+    assert all(vouched)
+
+
 @pytest.mark.usefixtures("stand_in")
 def test_other_sizes_run_on_kernels_that_take_them() -> None:
     prepared = Prepared(bert(), dynamic=True)

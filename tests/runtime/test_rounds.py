@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from graphopt.runtime import rounds
 from graphopt.runtime.rounds import (
     Interrupted,
     clock_of,
@@ -18,14 +18,19 @@ from graphopt.runtime.rounds import (
     ratio,
     verdict,
 )
+from tests._clock import Clock
 
 
-def sleeping(seconds: float) -> Callable[[], None]:
-    return lambda: time.sleep(seconds)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(rounds, "time", made)
+    return made
 
 
-def test_a_side_that_sleeps_longer_is_found_slower() -> None:
-    times = interleave({"short": sleeping(0.002), "long": sleeping(0.06)}, rounds=8)
+def test_a_side_that_takes_longer_is_found_slower(clock: Clock) -> None:
+    times = interleave({"short": clock.sleeping(0.002), "long": clock.sleeping(0.06)}, rounds=8)
+    assert times == {"short": [pytest.approx(2.0)] * 16, "long": [pytest.approx(60.0)] * 16}
     found = ratio(times["long"], times["short"])
     assert found["low"] <= found["ratio"] <= found["high"]
     assert found["low"] > 1.5
@@ -48,20 +53,19 @@ def test_rounds_run_forwards_and_backwards() -> None:
     assert "".join(order[9:]) == "abccba" * 2  # nine warm-up calls first
 
 
-def test_time_ends_the_rounds_but_not_before_the_third() -> None:
-    times = interleave({"a": sleeping(0.01)}, rounds=1000, seconds=0.2)
-    assert 6 <= len(times["a"]) <= 22
-    assert len(interleave({"a": sleeping(0.01)}, rounds=1000, seconds=0)["a"]) == 6
+def test_time_ends_the_rounds_but_not_before_the_third(clock: Clock) -> None:
+    side = {"a": clock.sleeping(1.0)}
+    assert len(interleave(side, rounds=1000, seconds=19.0)["a"]) == 20  # a round that began is ended
+    assert len(interleave(side, rounds=1000, seconds=0)["a"]) == 6
 
 
-def test_progress_reaches_the_end_by_rounds_or_by_time() -> None:
+def test_progress_reaches_the_end_by_rounds_or_by_time(clock: Clock) -> None:
     seen: list[float] = []
-    interleave({"a": sleeping(0)}, rounds=4, on_round=seen.append)
+    interleave({"a": clock.sleeping(0)}, rounds=4, on_round=seen.append)
     assert seen == [0.25, 0.5, 0.75, 1.0]
     seen.clear()
-    interleave({"a": sleeping(0.01)}, rounds=1000, seconds=0.1, on_round=seen.append)
-    assert seen == sorted(seen)
-    assert seen[-1] > 0.7
+    interleave({"a": clock.sleeping(1.0)}, rounds=1000, seconds=8.0, on_round=seen.append)
+    assert seen == pytest.approx([0.001, 0.25, 0.5, 0.75])  # as told, of the time before the round
 
 
 def test_an_interrupt_keeps_the_complete_rounds_alone() -> None:
@@ -86,14 +90,49 @@ def test_an_interrupt_in_the_warm_up_is_an_ordinary_one() -> None:
 
 
 def test_a_given_clock_is_asked() -> None:
-    assert interleave({"a": sleeping(0)}, rounds=2, clock=lambda run: 7.0) == {"a": [7.0] * 4}
+    assert interleave({"a": lambda: None}, rounds=2, clock=lambda run: 7.0) == {"a": [7.0] * 4}
 
 
-def test_a_devices_clock_times_the_second_of_two_calls() -> None:
+def test_a_devices_clock_times_the_second_of_two_calls(clock: Clock) -> None:
     naps = iter((0.05, 0.0, 0.0, 0.05))
-    side = lambda: time.sleep(next(naps))  # noqa: E731
-    clock = clock_of(torch.device("cpu"))
-    assert clock(side) < 25 < clock(side)
+    timed = clock_of(torch.device("cpu"))
+    assert [timed(lambda: clock.sleep(next(naps))) for _ in range(2)] == pytest.approx([0.0, 50.0])
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_the_order_of_what_a_gpus_clock_does(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
+    """Without a GPU, its interface is a fake one that writes down what it is asked for."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait for the event")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1.25
+
+    class Flush:
+        def zero_(self) -> None:
+            order.append("empty the cache")
+
+    def empty(size: int, *, dtype: torch.dtype, device: torch.device) -> Flush:
+        assert (size, dtype, device) == (4 * 50 * 2**20, torch.int8, gpu)
+        return Flush()
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(rounds, "l2_bytes", lambda device: 50 * 2**20)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(f"wait for {device}"))
+    assert clock_of(gpu, cold=cold)(lambda: order.append("run")) == 1.25
+    flush = ["empty the cache"] if cold else []
+    assert order == ["run", "wait for cuda:1", *flush, "record", "run", "record", "wait for the event"]
 
 
 @pytest.mark.gpu

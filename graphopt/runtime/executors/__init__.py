@@ -1,4 +1,4 @@
-"""One file an executor; all of them follow the protocol in ``_protocol.py``."""
+"""One file an executor, or one folder; all of them follow the protocol in ``_protocol.py``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ from graphopt.runtime.executors._protocol import Executor, KernelTime, Program
 from graphopt.runtime.executors.cuda import Cuda
 from graphopt.runtime.executors.eager import Eager
 from graphopt.runtime.executors.inductor import Inductor
-from graphopt.runtime.executors.ort import Ort
+from graphopt.runtime.executors.ort import OpenVino, Ort
+from graphopt.runtime.executors.ort.providers import openvino_is_installed
+from graphopt.runtime.target import Target
 
 EXECUTORS: dict[str, Executor] = {
-    executor.name: executor for executor in (Ort(), Cuda(), Inductor(), Eager())
+    executor.name: executor for executor in (Ort(), OpenVino(), Cuda(), Inductor(), Eager())
 }
 
-__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program"]
+
+def absent(executor: Executor, target: Target) -> str | None:
+    """Why an executor cannot run on a target at all; None when it can, or when only its nodes will tell."""
+    return executor.absent(target) if isinstance(executor, Ort) else None
+
+
+def besides(target: Target) -> str | None:
+    """What is measured beside a device's own executor: OpenVINO where it is installed, ``ort`` on a GPU."""
+    if target.device.type != "cpu":
+        return "ort"
+    return "openvino" if openvino_is_installed() else None
+
+
+__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent", "besides"]

@@ -47,7 +47,10 @@ class CudaProgram:
         self._nodes = len(region.graph.calls)
         self._device = device
         self._choosing = Choosing(self._region.graph, timed=timed)
-        self._graphed = Graphed(device, self._specialise, prefetched_weights)
+        # Weights are never written by the region; a user who writes one between two calls does so in the
+        # stream's order, and a graph's first kernel starts when all before it is done.
+        weights = [constant.tensor for constant in self._region.graph.constants.values()]
+        self._graphed = Graphed(device, self._specialise, lambda: prefetched_weights(weights))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run on the current stream; returns fresh tensors."""

@@ -10,23 +10,31 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import op_name
+from graphopt.runtime.arena import arena_for
 from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
 
 class EagerProgram(Silent):
-    """A region as generated Python over ATen ops."""
+    """A region as generated Python over ATen ops, those values in one block that are worth it."""
 
     def __init__(self, region: Region) -> None:
         region.graph.module.recompile()
         self._module = region.graph.module
+        self._arena = arena_for(region.graph)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the region under ``no_grad``."""
         with torch.no_grad():
+            if self._arena is not None:
+                return self._arena.run(inputs)
             results: Sequence[Any] = self._module.forward(*inputs)
         return results
+
+    def describe(self) -> dict[str, Any]:
+        """What the plan's row says of the block."""
+        return {} if self._arena is None else self._arena.describe()
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
         """Run node by node, and time each."""

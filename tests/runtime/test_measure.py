@@ -1,0 +1,50 @@
+"""The choice between candidates: who is timed how often, and what of it is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.runtime import rounds
+from graphopt.runtime.measure import interleaved
+from tests._clock import Clock
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(rounds, "time", made)
+    return made
+
+
+def test_candidates_take_turns_forwards_and_backwards(clock: Clock) -> None:
+    order: list[str] = []
+    sides = [lambda name=name: (order.append(name), clock.sleep(0.001)) for name in "abc"]
+    found = interleaved(sides, seconds=0.03, device=CPU)
+    assert "".join(order) == "aabbcc" + "abccba" * 5
+    assert [row.rounds for row in found] == [10, 10, 10]
+    assert [row.median_ms for row in found] == pytest.approx([1.0] * 3)
+
+
+def test_one_that_is_hopeless_is_not_called_again(clock: Clock) -> None:
+    calls = [0, 0]
+
+    def slow() -> None:
+        calls[0] += 1
+        clock.sleep(0.1)
+
+    def fast() -> None:
+        calls[1] += 1
+        clock.sleep(0.01)
+
+    hopeless, best = interleaved([slow, fast], seconds=1.0, device=CPU)
+    assert calls == [2, 2 + 50]
+    assert (hopeless.rounds, best.rounds) == (2, 50)
+    assert hopeless.median_ms == pytest.approx(100.0)
+
+
+def test_however_long_a_call_takes_there_are_quartiles(clock: Clock) -> None:
+    (found,) = interleaved([clock.sleeping(10.0)], seconds=0.1, device=CPU)
+    assert (found.rounds, found.spread_ms) == (6, pytest.approx(0.0))
