@@ -27,11 +27,12 @@ from graphopt.observe.memory import memory_of
 from graphopt.observe.report import BASELINE, Candidate, Report
 from graphopt.observe.snapshot import snapshot, versions
 from graphopt.optimized_model import OnMismatch, OptimizedModel
+from graphopt.packing import Padding, remove_padding, with_padded, zero_padding
 from graphopt.passes.default import pipeline
 from graphopt.precision import default_max_loss, narrowed, require_possible
 from graphopt.precision import passes_of as precision_passes
 from graphopt.runtime import candidates as runtime
-from graphopt.runtime.candidates import Choice, choose, plan_candidates
+from graphopt.runtime.candidates import Choice, choose, plan_candidates, plan_packed
 from graphopt.runtime.target import Target
 
 Progress = Callable[[str, float], None]
@@ -49,6 +50,7 @@ def optimize(
     level: int = 2,
     enable: Iterable[str] = (),
     disable: Collection[str] = (),
+    padding: Padding = "keep",
     precision: str = "exact",
     max_loss: float | None = None,
     metric: Metric | None = None,
@@ -75,6 +77,10 @@ def optimize(
         disable: passes to leave out, by exact name.
         precision: ``"bf16"``, ``"fp16"`` or ``"int8"`` also tries the model in narrower numbers, as far as
             ``max_loss`` allows, and takes that where it is faster; ``"exact"`` does not.
+        padding: what outputs hold at padded positions, which the mask of attention tells: ``"keep"``, what
+            the original computes there; ``"remove"``, zeros. What no output needs is not computed for padded
+            positions in either case, where that is the fastest on the example inputs: give some that are
+            padded as later ones will be.
         max_loss: the most that lossy passes may lose on the example inputs, as ``metric`` has it. With a
             ``precision`` and no ``metric`` it has a default: 0.03 for bf16, 0.01 for fp16, 0.04 for int8.
         metric: called with the original's flat outputs and the rewritten model's, returns the loss; the
@@ -99,6 +105,7 @@ def optimize(
     """
     _require_known("effort", effort, ("measured", "fast"))
     _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
+    _require_known("padding", padding, ("keep", "remove"))
     clock = _Clock(progress)
     passes = pipeline(level, (*enable, *precision_passes(precision)), disable)
     budget = _budget(passes, default_max_loss(precision, metric) if max_loss is None else max_loss, metric)
@@ -122,13 +129,20 @@ def optimize(
         )
         outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
+        if padding == "remove":
+            zero_padding((base, outcome.graph), remarks)
         reference = output_reference(base, inputs, MODEL_FLOOR_ULPS)
         outcome = _verified(outcome, base, inputs, reference, manager, older)
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("narrow", 0.45):
-        narrow = narrowed(outcome.graph, passes, precision, budget, inputs, captured, where)
+        before = captured if padding == "keep" else base
+        narrow = narrowed(outcome.graph, passes, precision, budget, inputs, before, where)
+        packed = remove_padding(outcome.graph, inputs, remarks, where.limits, disable)
     with clock.stage("lower", 0.5):
-        candidates = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
+        padded = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
+        candidates = list(padded)
+        if packed is not None:
+            candidates.insert(0, plan_packed(packed.graph, executors, where, remarks, effort))
         if narrow is not None:
             candidates[:0] = narrow.candidates(reference, executors, where, effort)
     with clock.stage("measure", 0.8):
@@ -138,14 +152,18 @@ def optimize(
         )
         plan = chosen.best.plan
         assert plan is not None
+        if packed is not None and chosen.best.graph is packed.graph:
+            plan = with_padded(chosen.best, padded, packed, inputs, timed=timed)
+            outcome.rewrites += packed.rewrites
         memory = memory_of(captured, plan, chosen.plan_of(BASELINE), inputs)
     outcome.rewrites[:0] = lossy
     if narrow is not None:
         loss = narrow.settle(chosen.best, outcome, loss, remarks)
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss, memory)
+    exported = outcome.graph
     if narrow is not None and narrow.runs(chosen.best):
-        report.precision = narrow.name
-    return OptimizedModel(captured, outcome.graph, plan, report, original, on_mismatch, selection)
+        report.precision, exported = narrow.name, chosen.best.graph
+    return OptimizedModel(captured, exported, plan, report, original, on_mismatch, selection)
 
 
 def _require_known(name: str, given: str, known: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from graphopt.kernels import (
     linear_add_layer_norm,
     linear_cross_entropy,
     masked_mean_pool,
+    pack_tokens,
     packed_attention,
     pointwise,
     quantized_linear,
@@ -23,6 +24,7 @@ from graphopt.kernels import (
     rms_norm_add,
     rope,
     sandwich_rms_norm,
+    unpack_tokens,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "linear_add_layer_norm",
     "linear_cross_entropy",
     "masked_mean_pool",
+    "pack_tokens",
     "packed_attention",
     "pointwise",
     "quantized_linear",
@@ -48,4 +51,5 @@ __all__ = [
     "rms_norm_add",
     "rope",
     "sandwich_rms_norm",
+    "unpack_tokens",
 ]

@@ -144,7 +144,7 @@ def _onnx(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Any:
-    """PackedMultiHeadAttention where there is one and it can say it, else Attention under a mask of blocks.
+    """PackedMultiHeadAttention where there is one and it can say it, else Attention in padded rows.
 
     It can in float16 with heads of a multiple of 8 features, which is what its memory-efficient kernel takes;
     all others unpack the tokens, and read them from the first offset on as if that were 0.
@@ -154,7 +154,7 @@ def _onnx(
     fits = aligned and query.dtype == ir.DataType.FLOAT16 and heads == kv_heads and not is_causal
     if fits and spelled(_PACKED):
         return _packed_node(query, key, value, offsets, longest, scale)
-    return _block_mask(query, key, value, offsets, is_causal, scale)
+    return _padded_rows(query, key, value, offsets, is_causal, scale)
 
 
 def _packed_node(
@@ -192,21 +192,42 @@ def _padded_places(lengths: Value, longest: Value) -> Any:
     return op.Cast(op.Reshape(op.Mod(ascending, count), op.Shape(place)), to=int(ir.DataType.INT32))
 
 
-def _block_mask(
+def _padded_rows(
     query: Value, key: Value, value: Value, offsets: Value, is_causal: bool, scale: float | None
 ) -> Any:
-    tokens = op.Squeeze(op.Shape(query, start=0, end=1))
-    at = op.Range(op.Constant(value_int=0), tokens, op.Constant(value_int=1))
-    behind = op.GreaterOrEqual(op.Unsqueeze(at, [1]), op.Unsqueeze(op.Cast(offsets, to=7), [0]))
-    sequence = op.ReduceSum(op.Cast(behind, to=7), [1], keepdims=1)
-    after = op.Shape(offsets)  # the number of the sequence that would follow the last
-    inside = op.And(op.Greater(sequence, op.Constant(value_ints=[0])), op.Less(sequence, after))
-    seen = op.And(op.Equal(sequence, op.Transpose(sequence, perm=[1, 0])), inside)
-    if is_causal:
-        seen = op.And(seen, op.LessOrEqual(op.Unsqueeze(at, [0]), op.Unsqueeze(at, [1])))
-    heads_first = (op.Unsqueeze(op.Transpose(x, perm=[1, 0, 2]), [0]) for x in (query, key, value))
-    out = emit("Attention", *heads_first, op.Unsqueeze(seen, [0, 1]), domain="", version=23, scale=scale)
-    return op.Transpose(op.Squeeze(out, [0]), perm=[1, 0, 2])
+    """Attention in rows of the longest sequence's length, under a mask of keys.
+
+    ONNX Runtime's PackedMultiHeadAttention is for CUDA alone. The tokens are gathered into such rows for this
+    one node, and gathered back: rows of the real length of the longest sequence, however much padding there
+    was. A mask of blocks over (N, N) needs no gathers, and N / longest times the work. There must be a
+    sequence with a token: ONNX Runtime's Attention refuses a length of 0.
+    """
+    offsets = op.Cast(offsets, to=7)
+    tokens = op.Shape(query, start=0, end=1)
+    starts, ends = op.Slice(offsets, [0], [-1]), op.Slice(offsets, [1], [_END])
+    lengths = op.Unsqueeze(op.Sub(ends, starts), [1])
+    row = op.Range(op.Constant(value_int=0), op.ReduceMax(lengths, keepdims=0), op.Constant(value_int=1))
+    there = op.Less(row, lengths)  # (B, L)
+    one = op.Constant(value_ints=[1])
+    token = op.Min(op.Add(op.Unsqueeze(starts, [1]), row), op.Sub(tokens, one))
+    heads_first = [op.Transpose(op.Gather(x, token), perm=[0, 2, 1, 3]) for x in (query, key, value)]
+    seen = op.Expand(op.Unsqueeze(there, [1, 2]), op.Concat(one, one, op.Shape(row), one, axis=0))
+    options = {"is_causal": int(is_causal), "scale": scale}
+    attended = emit("Attention", *heads_first, seen, domain="", version=23, **options)
+    rows = op.Transpose(attended, perm=[0, 2, 1, 3])
+    minus = op.Constant(value_ints=[-1])
+    out = op.Reshape(rows, op.Concat(minus, op.Shape(rows, start=2), axis=0))
+    at = op.Range(op.Constant(value_int=0), op.Squeeze(tokens), op.Constant(value_int=1))
+    behind = op.Cast(op.GreaterOrEqual(op.Unsqueeze(at, [1]), ends), to=7)
+    sequence = op.ReduceSum(behind, [1], keepdims=0)  # the number of sequences that end in front of a token
+    first, end = op.Slice(offsets, [0], [1]), op.Slice(offsets, [-1], [_END])
+    inside = op.And(op.GreaterOrEqual(at, first), op.Less(at, end))
+    row_at = op.Add(op.Mul(sequence, op.Shape(row)), op.Sub(at, op.Gather(offsets, sequence)))
+    out = op.Gather(out, op.Where(inside, row_at, op.Constant(value_ints=[0])))
+    return op.Where(op.Unsqueeze(inside, [1, 2]), out, op.CastLike(op.Constant(value_float=0.0), out))
+
+
+_END = 2**63 - 1
 
 
 def _packed(

@@ -48,6 +48,7 @@ from graphopt.passes import (
     fuse_sandwich_rms_norm,
     fuse_softmax,
     fuse_softmax_attention,
+    hoist_pack,
     hoist_slice,
     merge_casts,
     merge_common_subexpressions,
@@ -56,6 +57,7 @@ from graphopt.passes import (
     merge_permutes,
     merge_quantizations,
     merge_reshapes,
+    pack_tokens,
     prune_asserts,
     prune_channels_by_magnitude,
     prune_heads_by_magnitude,
@@ -167,6 +169,13 @@ PIPELINE: tuple[Entry, ...] = (
 )
 
 
+PACKING: tuple[Entry, ...] = (  # on the rewritten graph, for a plan that computes real tokens only
+    Entry(pack_tokens.PASS, "first: where the packed tokens end up"),
+    Entry(hoist_pack.PASS, "moves the packing up from there"),
+    Entry(remove_dead_code.PASS, "last: what computed the padding"),
+)
+
+
 def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str] = ()) -> list[Pass]:
     """The passes that run, the user's own among them.
 
@@ -187,6 +196,11 @@ def pipeline(level: int = 2, enable: Iterable[str] = (), disable: Collection[str
         rules.insert(_place(rules, rule), rule)
     chosen = [rule for rule in rules if (rule.level <= level and rule.exact) or rule.name in wanted]
     return [rule for rule in chosen if rule.name not in unwanted]
+
+
+def packing(disable: Collection[str] = ()) -> list[Pass]:
+    """The passes that make a graph compute real tokens only, but for those disabled by exact name."""
+    return [entry.rule for entry in PACKING if entry.rule.name not in disable]
 
 
 def _place(rules: Sequence[Pass], rule: Pass) -> int:

@@ -23,7 +23,7 @@ SEES["passes"] = {"ir", "compiler", "kernels"}
 for room in ("gate", "observe", "runtime"):
     SEES[room].add("kernels")
 # These see every room, but for the two that are built on them.
-_TOP = ("", "._face", ".explain", ".optimize", ".optimized_model", ".precision", ".torch_compile")
+_TOP = ("", "._face", ".explain", ".optimize", ".optimized_model", ".packing", ".precision", ".torch_compile")
 TOP = {f"graphopt{name}" for name in _TOP}
 SEES["top"] = {*SEES, "top"} - {"cli"}
 SEES["bench"] = {*SEES["top"]}

@@ -168,6 +168,27 @@ def narrowed_candidates(
     return candidates
 
 
+PACKED = "padding removed"
+
+
+def plan_packed(
+    packed: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks, effort: str = "measured"
+) -> Candidate:
+    """The way to run a model on real tokens only: on the executors insisted on, else on the fastest kind.
+
+    Args:
+        packed: the graph that packs tokens.
+        executors: as for ``plan_candidates``.
+        target: where.
+        remarks: takes what was refused.
+        effort: as for ``plan_candidates``.
+    """
+    native = "ort" if target.device.type == "cpu" else "cuda"
+    order = (native, "eager") if executors is None else tuple(executors)
+    name = native if executors is None else " + ".join(order)
+    return _way(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+
+
 def _native(
     native: str, graph: Graph, target: Target, remarks: Remarks, effort: str, compile_too: bool
 ) -> list[Candidate]:

@@ -61,6 +61,7 @@ class Plan:
         steps: in order.
         lanes: of each step, when they run side by side: a thread on a CPU, a stream on a GPU.
         runner: runs them so; None runs them in order.
+        padded: of a plan that packs tokens, what runs instead where there is nothing to gain.
     """
 
     device: torch.device
@@ -70,10 +71,17 @@ class Plan:
     steps: tuple[Step, ...]
     lanes: tuple[int, ...] = ()
     runner: Runner | None = None
+    padded: Padded | None = None
 
     def ends(self, values: Mapping[str, Any]) -> list[Any]:
         """The flat outputs among the values that the steps made."""
         return [values[end.name] if isinstance(end, Value) else end for end in self.outputs]
+
+    def serving(self, inputs: Sequence[torch.Tensor]) -> Plan:
+        """The plan that runs these inputs: itself, or the one that keeps the padding."""
+        if self.padded is None or not self.padded.serves(inputs[self.inputs.index(self.padded.mask)]):
+            return self
+        return self.padded.plan
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a step, JSON-ready; ``activation_bytes`` is the most that its values take at once."""
@@ -107,6 +115,33 @@ class Plan:
             most = ", ".join(f"{name} x{count}" for name, count in list(row["ops"].items())[:4])
             lines.append(f"  {row['step']:<12} {row['executor']:<8} {row['nodes']:>4} nodes  {most}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A plan that computes padded positions as well, and the calls that are its own.
+
+    They are those without much padding, and those without any token, which kernels refuse. To look at the
+    mask takes some microseconds on a CPU, and waits for what is queued on a GPU.
+
+    Args:
+        plan: which keeps the padding.
+        mask: name of the input that tells real tokens by what is not zero, (batch, length).
+        fullest: the share of real tokens above which this plan is the faster one.
+        first: also where a sequence does not begin with a real token, which the other plan takes for granted.
+    """
+
+    plan: Plan
+    mask: str
+    fullest: float
+    first: bool
+
+    def serves(self, mask: torch.Tensor) -> bool:
+        """Whether a call with this mask is its own."""
+        tokens = int(torch.count_nonzero(mask))
+        if tokens == 0 or tokens >= self.fullest * mask.numel():
+            return True
+        return self.first and not bool(mask[:, 0].all())
 
 
 def ends_of(graph: Graph) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:

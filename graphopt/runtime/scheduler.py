@@ -22,6 +22,7 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
     Returns:
         The flat outputs, in order.
     """
+    plan = plan.serving(inputs)
     if plan.runner is not None:
         return plan.runner.run(inputs)
     values: dict[str, Any] = dict(zip(plan.inputs, inputs, strict=True))

@@ -328,6 +328,7 @@ MAIN_NODES = [
     ("quantized_linear", "bias", "DequantizeLinear"),
     ("dynamic_quantized_linear", "bias", "MatMulIntegerToFloat"),
     ("masked_mean_pool", "token mask", "MatMul"),
+    ("pack_tokens", "a token a sequence", "Gather"),
     ("packed_attention", "three sequences", "Attention"),
     ("pointwise", "a gate", "Sigmoid"),
     (
@@ -341,6 +342,7 @@ MAIN_NODES = [
     ("rms_norm_add", "weight", "RMSNormalization"),
     ("sandwich_rms_norm", "both weights", {**RMS, "cpu": "Sum", "portable": "Sum"}),
     ("quick_gelu", "CLIP", {**dict.fromkeys(MULTI, "QuickGelu"), "portable": "Sigmoid"}),
+    ("unpack_tokens", "holes, an empty sequence, padding on the left", "Gather"),
 ]
 
 

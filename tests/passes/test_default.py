@@ -13,7 +13,7 @@ import graphopt.passes
 from graphopt.compiler.pass_ import PASSES, Pass, register
 from graphopt.errors import PassError
 from graphopt.kernels.attention import OP as ATTENTION
-from graphopt.passes.default import PIPELINE, pipeline
+from graphopt.passes.default import PACKING, PIPELINE, packing, pipeline
 from graphopt.passes.remove_dead_code import PASS as REMOVE_DEAD_CODE
 from tests import _models as models
 from tests._models import Example, padding, tokens
@@ -35,8 +35,8 @@ def names(*args, **kwargs) -> list[str]:
 def test_every_pass_has_a_place_and_a_reason() -> None:
     folder = Path(str(graphopt.passes.__file__)).parent
     files = {path.stem for path in folder.glob("*.py") if not path.name.startswith("_")} - {"default"}
-    assert {entry.rule.name for entry in PIPELINE} == files
-    assert all(entry.why for entry in PIPELINE)
+    assert {entry.rule.name for entry in (*PIPELINE, *PACKING)} == files
+    assert all(entry.why for entry in (*PIPELINE, *PACKING))
 
 
 def test_the_default_runs_everything_up_to_level_2() -> None:
@@ -77,6 +77,11 @@ def test_an_unknown_name_is_refused_and_near_ones_are_named(argument: str) -> No
     assert "did you mean fuse_rms_norm" in str(caught.value)
     with pytest.raises(PassError, match=r"the passes are: .*remove_noops"):
         pipeline(**{argument: ["qqq"]})
+
+
+def test_packing_runs_all_of_its_passes_but_those_disabled() -> None:
+    assert packing() == [entry.rule for entry in PACKING]
+    assert packing(["hoist_pack"]) == [entry.rule for entry in PACKING if entry.rule.name != "hoist_pack"]
 
 
 def test_part_of_a_name_is_not_a_name() -> None:

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.passes.fuse_masked_mean_pool import PASS as FUSE_MASKED_MEAN_POOL
+from graphopt.passes.pack_tokens import PASS, reads_first
+from tests._models import padding, randn
+from tests.passes._harness import program, run
+
+X, MASK = randn(2, 5, 8), padding((5, 3), 5)
+HOLES = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
+
+
+def zeroed(m, x, mask):
+    return torch.where(mask.to(torch.bool).unsqueeze(2), x.relu(), 0.0)
+
+
+def mean(m, x, mask):
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return (x.relu() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def attended(m, x, mask):
+    """The first position of what attention gives."""
+    heads = x.view(2, 5, 2, 4).transpose(1, 2)
+    seen = mask.to(torch.bool)[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen)
+    return out.transpose(1, 2).reshape(2, 5, 8)[:, 0]
+
+
+def test_zeros_at_padded_positions() -> None:
+    ran = run(PASS, program(zeroed), X, MASK)
+    ran.becomes(
+        before="""
+            %0 = to(mask, bool)
+            %1 = unsqueeze(%0, 2)
+            %2 = relu(x)
+            %3 = where(%1, %2, 0)
+            return %3
+        """,
+        expected="""
+            %0 = to(mask, bool)
+            %1 = reshape(%0, [-1])
+            %2 = nonzero(%1)
+            %3 = squeeze(%2, 1)
+            %4 = relu(x)
+            %5 = graphopt.pack_tokens(%4, %3)
+            %6 = graphopt.unpack_tokens(%5, %0)
+            return %6
+        """,
+    )
+
+
+@pytest.mark.parametrize("mask", [HOLES, torch.ones_like(HOLES), torch.zeros_like(HOLES), MASK.flip(1)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+@pytest.mark.parametrize("forward", [zeroed, mean])
+def test_masks_of_every_kind(mask: torch.Tensor, dtype: torch.dtype, forward) -> None:
+    passes = [FUSE_MASKED_MEAN_POOL, PASS]
+    ran = run(passes, program(forward), X, MASK.to(dtype))
+    ran.counts(pack_tokens=1, unpack_tokens=1).agrees(randn(2, 5, 8, seed=1), mask.to(dtype))
+
+
+def test_a_mean_over_tokens_reads_them_unpacked() -> None:
+    ran = run([FUSE_MASKED_MEAN_POOL, PASS], program(mean), X, MASK)
+    (pool,) = ran.graph.fx.find_nodes(op="call_function", target=torch.ops.graphopt.masked_mean_pool.default)
+    assert pool.args[0].target is torch.ops.graphopt.unpack_tokens.default
+    assert not reads_first(ran.graph)
+
+
+def test_two_readers_share_the_packed_tokens() -> None:
+    def forward(m, x, mask):
+        seen = mask.to(torch.bool).unsqueeze(2)
+        y = x.relu()
+        return torch.where(seen, y, 0.0), torch.where(seen, y * 2, 0.0), mean(m, x, mask)
+
+    ran = run([FUSE_MASKED_MEAN_POOL, PASS], program(forward), X, MASK)
+    ran.counts(nonzero=1, pack_tokens=3, unpack_tokens=3)
+
+
+def test_the_first_token_is_read_under_a_guard() -> None:
+    from graphopt.passes.default import pipeline
+
+    ran = run([*pipeline(), PASS], program(attended), X, MASK.to(torch.bool))
+    ran.counts(pack_tokens=1)
+    assert reads_first(ran.graph)
+
+
+def test_a_condition_of_its_own_for_each_feature_is_no_mask() -> None:
+    def forward(m, x, seen):
+        return torch.where(seen, x, 0.0)
+
+    run(PASS, program(forward), X, randn(2, 5, 8) > 0).stays()
+
+
+def test_a_mask_that_may_become_zero_in_a_cast_is_no_mask() -> None:
+    def forward(m, x, mask):
+        return torch.where(mask.to(torch.uint8).to(torch.bool)[:, :, None], x, 0.0)
+
+    ran = run(PASS, program(forward), X, 256 * MASK)
+    ran.counts(pack_tokens=1).agrees(X, 256 * MASK)  # by what was cast, which is zero everywhere
+
+
+def test_a_constant_mask_is_refused() -> None:
+    def forward(m, x):
+        return torch.where(m.mask[:, :, None], x, 0.0)
+
+    run(PASS, program(forward, mask=MASK.bool()), X).refuses("the mask is a constant")
+
+
+def test_a_mask_of_one_sequence_for_all_is_refused() -> None:
+    def forward(m, x, mask):
+        return torch.where(mask[:, :, None], x, 0.0)
+
+    run(PASS, program(forward), X, MASK[:1].bool()).refuses(
+        r"the mask has shape \[1, 5\], the tokens \[2, 5\]"
+    )
+
+
+def test_one_token_a_sequence_is_refused() -> None:
+    run(PASS, program(zeroed), X[:, :1], MASK[:, :1]).refuses("there is one token a sequence")
+
+
+def test_dynamic_sizes() -> None:
+    sizes = {0: "batch", 1: "seq"}
+    ran = run(PASS, program(zeroed), X, MASK, dynamic={"x": sizes, "mask": sizes})
+    ran.counts(unpack_tokens=1).agrees(randn(3, 7, 8), padding((7, 1, 4), 7))
