@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -176,8 +177,8 @@ def _fullest(packed: Plan, padded: Plan, inputs: Sequence[torch.Tensor], at: int
     """The share of real tokens at which the two plans take as long: that of the packed one grows with it."""
     full = [*inputs[:at], torch.ones_like(inputs[at]), *inputs[at + 1 :]]
     share = float(torch.count_nonzero(inputs[at])) / inputs[at].numel()
-    calls = [lambda given=given: scheduler.run(packed, given) for given in (inputs, full)]  # type: ignore[misc]
-    runs = [*calls, lambda: scheduler.run(padded, full)]
+    calls = ((packed, inputs), (packed, full), (padded, full))
+    runs = [functools.partial(scheduler.run, plan, given) for plan, given in calls]
     some, whole, other = (
         timing.median_ms for timing in interleaved(runs, seconds=_SECONDS, device=packed.device)
     )

@@ -212,8 +212,9 @@ def _padded_rows(
     token = op.Min(op.Add(op.Unsqueeze(starts, [1]), row), op.Sub(tokens, one))
     heads_first = [op.Transpose(op.Gather(x, token), perm=[0, 2, 1, 3]) for x in (query, key, value)]
     seen = op.Expand(op.Unsqueeze(there, [1, 2]), op.Concat(one, one, op.Shape(row), one, axis=0))
-    options = {"is_causal": int(is_causal), "scale": scale}
-    attended = emit("Attention", *heads_first, seen, domain="", version=23, **options)
+    attended = emit(
+        "Attention", *heads_first, seen, domain="", version=23, is_causal=int(is_causal), scale=scale
+    )
     rows = op.Transpose(attended, perm=[0, 2, 1, 3])
     minus = op.Constant(value_ints=[-1])
     out = op.Reshape(rows, op.Concat(minus, op.Shape(rows, start=2), axis=0))

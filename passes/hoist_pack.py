@@ -5,6 +5,7 @@ Nothing is computed at padded positions any more, up to where the tokens come fr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,11 +81,15 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
             for source, spot in behind.items()
         }
         args, kwargs = with_tokens(node, found[node])
-        mapped: Any = fx.map_arg((args, kwargs), lambda source, given=given: given.get(source, source))
+        mapped: Any = fx.map_arg((args, kwargs), functools.partial(_given, given))
         new[node] = rewriter.call(node.target, *mapped[0], **mapped[1])  # type: ignore[arg-type]
     for pack in match["packs"]:
         if pack.args[0] in new:
             rewriter.replace(pack, new[pack.args[0]])
+
+
+def _given(given: dict[fx.Node, fx.Node], source: fx.Node) -> fx.Node:
+    return given.get(source, source)
 
 
 def _steps(graph: Graph) -> Iterator[Match]:

@@ -104,8 +104,11 @@ def _in_one_block(graphs: Sequence[Graph]) -> dict[str, int]:
     return {"block": lay_out(values_of(graphs)).bytes}
 
 
+_UNSEEN = ("ort", "openvino")  # they allocate by themselves, and PyTorch does not see it
+
+
 def _measured(plan: Plan | None, inputs: Sequence[torch.Tensor]) -> dict[str, int | None]:
-    if plan is None or any(step.executor == "ort" for step in plan.steps):
+    if plan is None or any(step.executor in _UNSEEN for step in plan.steps):
         return {"measured": None, "workspace": None}
     kept = sum(step.program.describe().get("block_bytes", 0) for step in plan.steps)
     found = allocated(lambda: scheduler.run(plan, inputs), plan.device)

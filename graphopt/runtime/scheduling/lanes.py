@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import weakref
@@ -59,7 +60,7 @@ class Lanes:
         ended = threading.Semaphore(0)
         with self._submitting:  # in one order on all lanes: otherwise two calls may wait for each other
             for worker, steps in zip(self._workers, self._steps, strict=True):
-                worker.submit(lambda steps=steps: call.run_lane(steps, ended))
+                worker.submit(functools.partial(call.run_lane, steps, ended))
         try:
             for _ in self._workers:
                 while not ended.acquire(timeout=_LOOK_S):

@@ -117,7 +117,8 @@ class _Problem:
 
     def transfer(self, source: str, user: str) -> np.ndarray:
         """Seconds from every device (row) to every device (column)."""
-        return self.latency + self.graph.graph.edges[source, user]["bytes"] * self.per_byte
+        moved: float = self.graph.graph.edges[source, user]["bytes"]
+        return self.latency + moved * self.per_byte
 
     def on_one_device(self) -> list[Schedule]:
         """All tasks on the first device of every kind that can run them, one after the other."""
