@@ -112,10 +112,10 @@ def _read(graph: Graph, node: fx.Node) -> tuple[Sequence[fx.Node], Any, fx.Node 
 def _takes_first(node: fx.Node) -> bool:
     """True for a call that takes the first position of each sequence."""
     if node.target is aten.select.int:
-        return argument(node, "index") == 0 and argument(node, "dim") == 1
+        return bool(argument(node, "index") == 0 and argument(node, "dim") == 1)
     if node.target is not aten.slice.Tensor or argument(node, "dim") != 1:
         return False
-    return argument(node, "start") in (0, None) and argument(node, "end") == 1
+    return bool(argument(node, "start") in (0, None) and argument(node, "end") == 1)
 
 
 def _of_keys(attention: fx.Node, mask: Any) -> fx.Node | None:
