@@ -103,9 +103,7 @@ def optimize(
         LoweringError: the executors that were insisted on cannot run the model, or a node is outside a CUDA
             graph and ``require_cuda_graph`` is set.
     """
-    _require_known("effort", effort, ("measured", "fast"))
-    _require_known("on_mismatch", on_mismatch, ("error", "fallback"))
-    _require_known("padding", padding, ("keep", "remove"))
+    _require_known(effort=effort, on_mismatch=on_mismatch, padding=padding)
     clock = _Clock(progress)
     passes = pipeline(level, (*enable, *precision_passes(precision)), disable)
     budget = _budget(passes, default_max_loss(precision, metric) if max_loss is None else max_loss, metric)
@@ -115,18 +113,13 @@ def optimize(
         ops_before = captured.op_counts()
         selection = select(captured, outputs)
     where = Target.of(target, _home(original, inputs))
-    if require_cuda_graph and where.device.type != "cuda":
-        raise TargetError(
-            f"require_cuda_graph=True, but the target is {where}", hint="move the model to a GPU"
-        )
+    _require_graphs(require_cuda_graph, where)
     require_possible(precision, where)
     remarks = Remarks()
     with clock.stage("rewrite", 0.2):
         base, lossy, loss = _within(budget, captured, passes, inputs, remarks)
         older = len(remarks.rows)
-        manager = PassManager(
-            [rule for rule in passes if rule.exact], remarks, where.limits, on_pass=clock.within(0.2, 0.4)
-        )
+        manager = PassManager(_exact(passes), remarks, where.limits, on_pass=clock.within(0.2, 0.4))
         outcome = manager.run(base.clone(), inputs)
     with clock.stage("verify", 0.4):
         if padding == "remove":
@@ -146,12 +139,11 @@ def optimize(
         if narrow is not None:
             candidates[:0] = narrow.candidates(reference, executors, where, effort)
     with clock.stage("measure", 0.8):
-        timed, graphed = effort == "measured", require_cuda_graph
+        timed = effort == "measured"
         chosen = choose(
-            candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=graphed
+            candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=require_cuda_graph
         )
-        plan = chosen.best.plan
-        assert plan is not None
+        plan = chosen.plan
         if packed is not None and chosen.best.graph is packed.graph:
             plan = with_padded(chosen.best, padded, packed, inputs, timed=timed)
             outcome.rewrites += packed.rewrites
@@ -160,15 +152,34 @@ def optimize(
     if narrow is not None:
         loss = narrow.settle(chosen.best, outcome, loss, remarks)
     report = _report(original, captured, outcome, remarks, chosen, clock, ops_before, loss, memory)
-    exported = outcome.graph
-    if narrow is not None and narrow.runs(chosen.best):
-        report.precision, exported = narrow.name, chosen.best.graph
+    narrowly = narrow is not None and narrow.runs(chosen.best)
+    report.precision = precision if narrowly else report.precision
+    exported = chosen.best.graph if narrowly else outcome.graph
     return OptimizedModel(captured, exported, plan, report, original, on_mismatch, selection)
 
 
-def _require_known(name: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise InputError(f"{name}={given!r} is unknown", hint=f"one of: {', '.join(known)}")
+_KNOWN = {
+    "effort": ("measured", "fast"),
+    "on_mismatch": ("error", "fallback"),
+    "padding": ("keep", "remove"),
+}
+
+
+def _require_known(**given: str) -> None:
+    for name, value in given.items():
+        if value not in _KNOWN[name]:
+            raise InputError(f"{name}={value!r} is unknown", hint=f"one of: {', '.join(_KNOWN[name])}")
+
+
+def _exact(passes: Sequence[Pass]) -> list[Pass]:
+    return [rule for rule in passes if rule.exact]
+
+
+def _require_graphs(required: bool, where: Target) -> None:
+    if required and where.device.type != "cuda":
+        raise TargetError(
+            f"require_cuda_graph=True, but the target is {where}", hint="move the model to a GPU"
+        )
 
 
 def _budget(passes: Sequence[Pass], max_loss: float | None, metric: Metric | None) -> Budget | None:

@@ -82,6 +82,12 @@ class Choice:
         """The chosen one."""
         return next(candidate for candidate in self.candidates if candidate.chosen)
 
+    @property
+    def plan(self) -> Plan:
+        """The chosen one's."""
+        assert self.best.plan is not None
+        return self.best.plan
+
     def plan_of(self, name: str) -> Plan | None:
         """The plan of a candidate; None where there is no such candidate, or it was dropped."""
         return next((candidate.plan for candidate in self.candidates if candidate.name == name), None)
