@@ -5,7 +5,6 @@ Without a GPU they run in Triton's interpreter, with one they run compiled; ``te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,9 @@ import pytest
 import torch
 
 from graphopt.ir.op import OPS, Op, Sample, TritonFace
-from graphopt.kernels import _triton
+from tests.kernels._faces import DEVICE, MARKS, assert_fences_hold, launched, prepared
 from tests.kernels.test_mixed_types import MIXED, SUMS
-from tests.kernels.test_ops import assert_right, cast, mapped, outputs, samples, tensors, within_half
+from tests.kernels.test_ops import assert_right, mapped, outputs, samples, tensors
 
 FACES = [op for op in OPS.values() if op.triton is not None]
 SAMPLES = {op.name: samples(op.name) for op in FACES}
@@ -24,7 +23,6 @@ CASES = [pytest.param(op, s, id=f"{op.name}-{s.label}") for op in FACES for s in
 FIRST = [pytest.param(op, SAMPLES[op.name][0], id=op.name) for op in FACES]
 over_samples = pytest.mark.parametrize(("op", "sample"), CASES)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def with_dtypes() -> Iterator[Any]:
@@ -39,25 +37,7 @@ def with_dtypes() -> Iterator[Any]:
                 yield pytest.param(op, sample, dtype, id=f"{op.name}-{sample.label}-{dtype}")
 
 
-pytestmark = [
-    pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed"),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # `pytest -m gpu` runs them there, compiled
-]
-
-
-def prepared(op: Op, sample: Sample, dtype: torch.dtype) -> Sample:
-    """The sample in a dtype, on the device; a skip where its results overflow float16."""
-    if dtype == torch.float16 and not within_half(op, cast(sample, dtype)):
-        pytest.skip("overflows float16")
-    return mapped(cast(sample, dtype), lambda x: x.to(DEVICE))
-
-
-def launched(op: Op, sample: Sample) -> list[torch.Tensor]:
-    assert op.triton is not None
-    reason = op.triton.refuses(*sample.args, **sample.kwargs)
-    if reason is not None:
-        pytest.skip(reason)
-    return outputs(op.triton.launch, sample)
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize(("op", "sample", "dtype"), with_dtypes())
@@ -88,46 +68,12 @@ def test_results_are_the_same_twice(op: Op, sample: Sample) -> None:
         assert torch.equal(once, again)
 
 
-FENCE = 64  # elements on either side of a buffer, and a whole number of vectors of 16 bytes
-
-
-def fenced(x: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A buffer of the fence's value with a copy of a tensor in its middle, and the copy."""
-    buffer = torch.full((x.numel() + 2 * FENCE,), fence, device=x.device).to(x.dtype)
-    inside = buffer[FENCE : FENCE + x.numel()].view(x.shape)
-    inside.copy_(x)
-    return buffer, inside
-
-
 @over_samples
 def test_nothing_outside_of_a_buffer_is_read_or_written(
     op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inputs stand between values that spoil every result, and whatever is allocated between sentinels."""
     sample = mapped(prepared(op, sample, torch.float32), lambda x: x.contiguous())
-    expected = launched(op, sample)
-    read = mapped(sample, lambda x: fenced(x, math.nan if x.is_floating_point() else 1)[1])
-    before = [x.clone() for x in tensors(read)]
-    buffers = []
-    new_empty = torch.Tensor.new_empty
-
-    def fenced_empty(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
-        made = new_empty(x, *size, **options)
-        if "device" in options:  # the interpreter's own
-            return made
-        buffer, inside = fenced(torch.zeros_like(made), 7)
-        buffers.append((buffer, inside.numel()))
-        return inside
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "new_empty", fenced_empty)
-        found = launched(op, read)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(tensors(read), before, strict=True))
-    assert len(buffers) >= len(found)
-    for buffer, size in buffers:
-        assert (buffer[:FENCE] == 7).all()
-        assert (buffer[FENCE + size :] == 7).all()
+    assert_fences_hold(op, sample, monkeypatch)
 
 
 @pytest.mark.parametrize("op", FACES, ids=lambda op: op.name)

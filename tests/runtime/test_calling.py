@@ -248,3 +248,66 @@ def test_an_empty_batch() -> None:
     model, x = randomised(MLP()), torch.zeros(0, 8)
     opt = graphopt.optimize(model, (x,), executors=("ort", "eager"), effort="fast")
     assert opt(x).shape == (0, 8)
+
+
+# Checks that are made once
+
+
+class Flat(nn.Module):
+    """Two tensors that must not be mistaken for each other, and plain values."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, scale: float = 1.0, more: Any = None) -> torch.Tensor:
+        return x - scale * y
+
+
+@pytest.fixture
+def flat(monkeypatch: pytest.MonkeyPatch) -> tuple[OptimizedModel, list[Any]]:
+    """Optimized with dynamic rows, and the calls that were checked in full since."""
+    dynamic = {"x": {0: "rows"}, "y": {0: "rows"}}
+    opt = graphopt.optimize(Flat().eval(), (X, A, 2.0), dynamic=dynamic, executors=("eager",), effort="fast")
+    checked: list[Any] = []
+    whole = opt._calling._checked
+    monkeypatch.setattr(opt._calling, "_checked", lambda *call: checked.append(call) or whole(*call))
+    return opt, checked
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda x, y: ((x, y, 2.0), {}),
+        lambda x, y: ((x, y), {"scale": 2.0}),
+        lambda x, y: ((), {"y": y, "scale": 2.0, "x": x}),
+        lambda x, y: ((x,), {"more": None, "scale": 2.0, "y": y}),
+    ],
+    ids=["as captured", "by position", "by name, in another order", "with a default"],
+)
+def test_every_spelling_is_checked_in_full_once_a_shape(
+    flat: tuple[OptimizedModel, list[Any]], spelled: Any
+) -> None:
+    opt, checked = flat
+    for turn in range(6):
+        rows = 3 + turn % 2
+        x, y = randn(rows, 8, seed=turn), randn(rows, 8, seed=turn + 10)
+        args, kwargs = spelled(x, y)
+        assert torch.equal(opt(*args, **kwargs), x - 2.0 * y)
+    assert len(checked) == 2
+
+
+def test_one_tensor_in_two_places_says_nothing_of_the_next_call(
+    flat: tuple[OptimizedModel, list[Any]],
+) -> None:
+    opt, _ = flat
+    for args, kwargs in (((X,), {"scale": 2.0, "y": X}), ((X,), {"scale": 2.0, "y": A})):
+        assert torch.equal(opt(*args, **kwargs), X - 2.0 * kwargs["y"])
+    for y in (X, A, X):
+        assert torch.equal(opt(X, y, 2.0), X - 2.0 * y)
+
+
+def test_what_was_remembered_lets_nothing_else_pass(flat: tuple[OptimizedModel, list[Any]]) -> None:
+    opt, _ = flat
+    for _ in range(2):
+        opt(X, A, 2.0)
+        opt(X, scale=2.0, y=A)
+    for call in ((X, A, 2), (X, A, 3.0), (X, A, True), (X, A[:2], 2.0), (X, A.double(), 2.0), (X, A, 2.0, A)):
+        refusal(opt, *call)
+        refusal(opt, *call[:1], **dict(zip(("y", "scale", "more"), call[1:], strict=False)))
