@@ -16,7 +16,7 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
-from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted
 from graphopt.runtime.measure import Timing, interleaved
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.plan import Plan
@@ -166,6 +166,39 @@ def narrowed_candidates(
         except GraphoptError as error:
             candidate.drop(error.message, remarks)
     return candidates
+
+
+def hinted_candidates(
+    graph: Graph,
+    precision: str,
+    judge: Judge,
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
+) -> list[Candidate]:
+    """The way to run an exact graph on an executor that narrows it by itself; none where there is none.
+
+    Args:
+        graph: the exact graph.
+        precision: that the executor is told to compute in.
+        judge: what its outputs are held against.
+        executors: as for ``narrowed_candidates``; it must be among them.
+        target: where.
+        remarks: takes what was refused.
+        effort: "fast" takes it only where it is insisted on.
+    """
+    by_itself = hinted(precision, target)
+    order = executors or ([by_itself.name] if by_itself and effort == "measured" else [])
+    if by_itself is None or by_itself.name not in order:
+        return []
+    chain = [by_itself if name == by_itself.name else EXECUTORS[name] for name in order]
+    candidate = Candidate(f"{' + '.join(order)} ({precision}, by a hint)", graph, None, judge=judge)
+    try:
+        candidate.plan = partition(graph, chain, target, remarks, effort)
+    except GraphoptError as error:
+        candidate.drop(error.message, remarks)
+    return [candidate]
 
 
 PACKED = "padding removed"
