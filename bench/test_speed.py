@@ -49,7 +49,7 @@ def test_speed(case: Case, side: str, benchmark: Any) -> None:
     shutil.rmtree(problem.folder)
     model = problem.model
     if side == "graphopt":
-        model = graphopt.optimize(model, problem.args, problem.kwargs)
+        model = graphopt.optimize(model, problem.args, problem.kwargs, precision=case.precision)
     run = eager(model, problem.args, problem.kwargs)
 
     def call() -> None:
