@@ -208,8 +208,8 @@ class Narrowed:
 
         found = narrowed_candidates(self.graph, self.name, judge, executors, target, self.remarks, effort)
         hinted = OfHinted(self.exact, self.budget, self.original, reference)
-        found += hinted_candidates(self.exact, self.name, hinted, executors, target, self.remarks, effort)
-        return found
+        by_hint = hinted_candidates(self.exact, self.name, hinted, executors, target, self.remarks, effort)
+        return [*found, *by_hint] if executors is None else [*by_hint, *found]
 
     def runs(self, best: Candidate) -> bool:
         """True when this is what was chosen."""
