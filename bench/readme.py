@@ -96,7 +96,8 @@ def _peer(row: dict[str, Any], peer: str) -> str:
         return "wrong" if any("wrong" in side for side in sides) else "failed" if sides else "missing"
     found = row["ratio"][peer]
     said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{ms(best['ms']['median'])} ({said if found['verdict'] != 'level' else f'*{said}*'})"
+    exact = " exact" if best.get("precision") == "exact" else ""
+    return f"{ms(best['ms']['median'])}{exact} ({said if found['verdict'] != 'level' else f'*{said}*'})"
 
 
 def _peak(row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ class Suite:
 
 
 def _case(label: str, factory: str, **given: int | str) -> Case:
-    """A case of a model of ours: sizes are numbers, the rest are dtype, lengths and device."""
+    """A case of a model of ours: sizes are numbers, the rest are dtype, lengths, precision and device."""
     sizes = {name: value for name, value in given.items() if isinstance(value, int)}
     others = {name: value for name, value in given.items() if isinstance(value, str)}
     return Case(f"bench.models:{factory}", sizes, label=label, **others)  # type: ignore[arg-type]
@@ -33,6 +33,11 @@ def _case(label: str, factory: str, **given: int | str) -> Case:
 def _encoder(**changed: int) -> Case:
     sizes = {"layers": 2, "width": 256, "batch": 1, "seq": 64, **changed}
     return _case("", "encoder", **sizes, device="cpu")
+
+
+def _narrow(model: str, factory: str, batch: int, seq: int, precision: str) -> Case:
+    label = f"{model} {batch}x{seq} {precision}"
+    return _case(label, factory, batch=batch, seq=seq, precision=precision, device="cpu")
 
 
 _GPU = {"device": "cuda", "dtype": "float16"}
@@ -47,6 +52,20 @@ SUITES: dict[str, Suite] = {
             _case("MiniLM 8x128", "minilm", batch=8, seq=128, device="cpu"),
             _case("MiniLM 8x128 ragged", "minilm", batch=8, seq=128, lengths="real", device="cpu"),
             _case("MiniLM 32x128 ragged", "minilm", batch=32, seq=128, lengths="real", device="cpu"),
+        ],
+        "eager,inductor,onnxruntime,openvino",
+    ),
+    "cpu-lossy": Suite(
+        "the same in narrower numbers: graphopt and who else can, all within one loss",
+        [
+            _narrow(model, factory, batch, seq, name)
+            for name in ("int8", "bf16")
+            for model, factory, batch, seq in (
+                ("MiniLM", "minilm", 1, 16),
+                ("MiniLM", "minilm", 1, 128),
+                ("MiniLM", "minilm", 8, 128),
+                ("BERT-base", "bert_base", 1, 128),
+            )
         ],
         "eager,inductor,onnxruntime,openvino",
     ),

@@ -50,7 +50,9 @@ def test_speed(case: Case, side: str, benchmark: Any) -> None:
     model = problem.model
     if side == "graphopt":
         padding = "keep" if case.lengths is None else "remove"
-        model = graphopt.optimize(model, problem.args, problem.kwargs, padding=padding)
+        model = graphopt.optimize(
+            model, problem.args, problem.kwargs, padding=padding, precision=case.precision
+        )
     run = eager(model, problem.args, problem.kwargs)
 
     def call() -> None:

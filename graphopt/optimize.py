@@ -32,8 +32,9 @@ from graphopt.passes.default import pipeline
 from graphopt.precision import default_max_loss, narrowed, require_possible
 from graphopt.precision import passes_of as precision_passes
 from graphopt.runtime import candidates as runtime
-from graphopt.runtime.candidates import Choice, choose, plan_candidates, plan_packed
+from graphopt.runtime.candidates import Choice, choose
 from graphopt.runtime.target import Target
+from graphopt.runtime.ways import plan_candidates, plan_packed
 
 Progress = Callable[[str, float], None]
 

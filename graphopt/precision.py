@@ -20,8 +20,9 @@ from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import FACTOR, MODEL_FLOOR_ULPS
 from graphopt.errors import InputError, TargetError
 from graphopt.ir.graph import Graph
-from graphopt.runtime.candidates import Candidate, narrowed_candidates
+from graphopt.runtime.candidates import Candidate
 from graphopt.runtime.target import Target
+from graphopt.runtime.ways import hinted_candidates, narrowed_candidates
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ EXACT, _GPUS_ONLY = "exact", ("fp8",)
 # The share of the budget that the search for layers uses up: executors round in other places, and of a search
 # that went up to 0.0449 of 0.045 on the trained MiniLM they made 0.0451 and 0.0456, and were dropped.
 _MARGIN = 0.9
+# Between what a model loses in float32, 1e-6 or so, and in bfloat16, 1e-3 and more, as a relative distance.
+_NARROW = 1e-4
 # Exact, and run again behind the casts: neighbours in the same type cast there and back in between.
 _BEHIND = ("merge_casts", "remove_noops", "merge_common_subexpressions", "merge_casts", "remove_dead_code")
 
@@ -89,15 +92,11 @@ def default_max_loss(precision: str, metric: Any) -> float | None:
 
 
 class Allowance:
-    """What a narrowed candidate is held against: the budget, and the rewritten graph's own results.
-
-    An executor may round in other places than the graph's evaluation did, and so differ from it; but not by
-    more than twice what the rewriting itself changed, as for the rounding of anything else.
+    """What a narrowed candidate is held against: the budget.
 
     Args:
-        graph: the rewritten graph.
+        graph: that the candidate runs.
         budget: what may be lost.
-        inputs: example inputs: flat tensors.
         original: the outputs of the captured model.
         reference: the same in float64, for the errors that the report shows.
 
@@ -105,20 +104,10 @@ class Allowance:
         loss: of what was compared last.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        budget: Budget,
-        inputs: Sequence[torch.Tensor],
-        original: Sequence[Any],
-        reference: Reference,
-    ) -> None:
+    def __init__(self, graph: Graph, budget: Budget, original: Sequence[Any], reference: Reference) -> None:
         self._ends: Any = graph.output.args[0]
         self._budget = budget
         self._original = original
-        self._own = outputs(graph, inputs)
-        floor = MODEL_FLOOR_ULPS * torch.finfo(torch.float32).eps
-        self._apart = max(FACTOR * relative_distance(original, self._own), floor)
         self._float64 = reference.float64
         self.loss = 0.0
 
@@ -127,13 +116,59 @@ class Allowance:
         given = iter(after)
         found = [next(given) if isinstance(end, fx.Node) else end for end in self._ends]
         error = worst_error(after, self._float64)
-        self.loss, reason = self._budget.metric(self._original, found), ""
-        apart = relative_distance(self._own, found)
-        if not self._budget.allows(self.loss):
+        self.loss = self._budget.metric(self._original, found)
+        if self._budget.allows(self.loss):
+            reason = self._refused(found)
+        else:
             reason = f"the loss is {self.loss:.3g}, above the {self._budget.max_loss:.3g} allowed"
-        elif not apart <= self._apart:
-            reason = f"it is {apart:.2e} from the rewritten graph, where {self._apart:.2e} would be rounding"
         return Comparison(0.0, error, not reason, reason)
+
+    def _refused(self, found: Sequence[Any]) -> str:
+        """Why outputs within the budget do not count; "" where they do."""
+        raise NotImplementedError
+
+
+class OfRewritten(Allowance):
+    """Of an executor that runs the narrow graph: also held against the graph's own results.
+
+    It may round in other places than the graph's evaluation did, and so differ from it; but not by more than
+    twice what the rewriting itself changed, as for the rounding of anything else.
+
+    Args:
+        graph: the rewritten graph.
+        budget: what may be lost.
+        original: the outputs of the captured model.
+        reference: the same in float64.
+        inputs: example inputs: flat tensors.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        budget: Budget,
+        original: Sequence[Any],
+        reference: Reference,
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(graph, budget, original, reference)
+        self._own = outputs(graph, inputs)
+        floor = MODEL_FLOOR_ULPS * torch.finfo(torch.float32).eps
+        self._apart = max(FACTOR * relative_distance(original, self._own), floor)
+
+    def _refused(self, found: Sequence[Any]) -> str:
+        apart = relative_distance(self._own, found)
+        if apart <= self._apart:
+            return ""
+        return f"it is {apart:.2e} from the rewritten graph, where {self._apart:.2e} would be rounding"
+
+
+class OfHinted(Allowance):
+    """Of an executor that is handed the exact graph, and narrows it by itself: that it does is checked."""
+
+    def _refused(self, found: Sequence[Any]) -> str:
+        if relative_distance(self._original, found) > _NARROW:
+            return ""
+        return "it computes as exactly as in float32: it has no such numbers on this processor"
 
 
 @dataclass(frozen=True)
@@ -142,6 +177,7 @@ class Narrowed:
 
     Args:
         name: of the precision.
+        exact: the graph before them.
         graph: the rewritten graph.
         rewrites: every site tried, and what was tidied up behind.
         remarks: what there is to say of them.
@@ -152,6 +188,7 @@ class Narrowed:
     """
 
     name: str
+    exact: Graph
     graph: Graph
     rewrites: list[Rewrite]
     remarks: Remarks
@@ -168,20 +205,29 @@ class Narrowed:
             return []
 
         def judge() -> Allowance:
-            return Allowance(self.graph, self.budget, self.inputs, self.original, reference)
+            return OfRewritten(self.graph, self.budget, self.original, reference, self.inputs)
 
-        return narrowed_candidates(self.graph, self.name, judge, executors, target, self.remarks, effort)
+        found = narrowed_candidates(self.graph, self.name, judge, executors, target, self.remarks, effort)
+        hinted = OfHinted(self.exact, self.budget, self.original, reference)
+        by_hint = hinted_candidates(self.exact, self.name, hinted, executors, target, self.remarks, effort)
+        return [*found, *by_hint] if executors is None else [*by_hint, *found]
 
     def runs(self, best: Candidate) -> bool:
         """True when this is what was chosen."""
-        return best.graph is self.graph
+        return isinstance(best.judge, Allowance)
 
     def settle(self, best: Candidate, outcome: Outcome, loss: float | None, remarks: Remarks) -> float | None:
         """Report what was done if that is what runs, and else that it was not worth it; returns the loss."""
-        if self.runs(best):
+        if isinstance(best.judge, OfHinted):
+            casts = {rewrite.pass_name for rewrite in self.rewrites}
+            remarks.extend(row for row in self.remarks.rows if row.pass_name not in casts)
+            reason = f"{best.name} runs the graph as it was, and narrows all of it by itself"
+            remarks.add("analysis", "precision", None, reason)
+            return best.judge.loss
+        if isinstance(best.judge, Allowance):
             remarks.extend(self.remarks.rows)
             outcome.rewrites += self.rewrites
-            return best.judge.loss if isinstance(best.judge, Allowance) else self.loss
+            return best.judge.loss
         remarks.extend(row for row in self.remarks.rows if row.kind != "passed")
         if any(rewrite.kept for rewrite in self.rewrites):
             reason = f"{self.name} loses {self.loss:.3g} and is no faster here: {best.name} runs"
@@ -222,4 +268,4 @@ def narrowed(
         tidied = PassManager([find(rule) for rule in _BEHIND], Remarks(), target.limits).run(copy, inputs)
         outcome.rewrites += tidied.rewrites
     label = name if name != EXACT else " + ".join(rule.name for rule in casts)
-    return Narrowed(label, copy, outcome.rewrites, remarks, loss, budget, inputs, original)
+    return Narrowed(label, graph, copy, outcome.rewrites, remarks, loss, budget, inputs, original)

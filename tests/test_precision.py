@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 
 import graphopt
 from graphopt import precision
+from graphopt.capture.export import capture_any
 from graphopt.compiler import cpu
 from graphopt.compiler.lossy import relative_distance
+from graphopt.compiler.remarks import Remarks
 from graphopt.errors import InputError, TargetError
 from graphopt.observe.report import Report
 from graphopt.passes import quantize_linear_int8
-from graphopt.runtime import candidates
+from graphopt.runtime import candidates, executors, ways
 from graphopt.runtime.candidates import Candidate
+from graphopt.runtime.executors.eager import Eager, EagerProgram
 from graphopt.runtime.measure import Timing
+from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 from tests._models import bert, randn, randomised
 
@@ -132,8 +137,8 @@ def test_the_users_metric_decides() -> None:
         optimized("int8", metric=changed)
 
 
-def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times are made up: whatever is narrow takes 2 ms, whatever is exact 1 ms."""
+def made_up(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[str], float]) -> None:
+    """Candidates take as long as a function of their names says."""
     known: list[Candidate] = []
     check = candidates._check
 
@@ -143,10 +148,14 @@ def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def timings(runs: Any, **_: Any) -> list[Timing]:
         right = [candidate for candidate in known if candidate.plan is not None]
-        return [Timing(2.0 if "(int8)" in candidate.name else 1.0, 0.0, 1) for candidate in right]
+        return [Timing(milliseconds(candidate.name), 0.0, 1) for candidate in right]
 
     monkeypatch.setattr(candidates, "_check", checked)
     monkeypatch.setattr(candidates, "interleaved", timings)
+
+
+def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch, lambda name: 2.0 if "(int8)" in name else 1.0)
     found = graphopt.optimize(MODEL, (X,), precision="int8")
     assert {"onednn (int8)", "ort (int8)", "eager (int8)"} <= {row.name for row in found.report.candidates}
     assert (found.report.precision, found.report.loss) == ("exact", None)
@@ -154,6 +163,99 @@ def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     (reason,) = reasons(found.report, "precision")
     assert reason.startswith("int8 loses 0.0")
     assert "is no faster here" in reason
+
+
+class Rounding(EagerProgram):
+    """A region's results, rounded to a dtype."""
+
+    def __init__(self, region: Region, dtype: torch.dtype) -> None:
+        super().__init__(region)
+        self._dtype = dtype
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
+        return [result.to(self._dtype).to(result.dtype) for result in super().run(inputs)]
+
+
+class Hinted(Eager):
+    """A stand-in for OpenVINO with its hint: takes the graph in float32, and computes in a dtype."""
+
+    name = "openvino"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def compile(self, region: Region, target: Target, effort: str) -> EagerProgram:
+        return Rounding(region, self._dtype)
+
+
+BY_HINT = "openvino (bf16, by a hint)"
+
+
+def with_hint(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, **more: Any) -> Any:
+    """Optimized where the stand-in is there, and the fastest."""
+    made_up(monkeypatch, lambda name: 1.0 if name == BY_HINT else 2.0)
+    monkeypatch.setattr(ways, "hinted", lambda precision, target: Hinted(dtype))
+    return graphopt.optimize(MODEL, (X,), precision="bf16", **more)
+
+
+def test_an_executor_that_narrows_by_itself_is_judged_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = with_hint(monkeypatch, torch.bfloat16)
+    assert found.report.chosen.name == BY_HINT
+    assert found.report.precision == "bf16"
+    with torch.no_grad():
+        lost = relative_distance([MODEL(X)], [found(X)])
+    assert found.report.loss == pytest.approx(lost, rel=1e-3)
+    assert lost > 1e-4
+    assert CASTS["bf16"] not in found.report.rewrites_by_pass()  # its graph is the exact one
+    assert not {"bfloat16"} & {row.shape.split(" ")[0] for row in found.report.graph_after}
+    said = [row.reason for row in found.report.remarks if row.pass_name == "precision"]
+    assert f"{BY_HINT} runs the graph as it was, and narrows all of it by itself" in said
+
+
+def test_one_that_loses_more_than_the_budget_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = with_hint(monkeypatch, torch.float8_e5m2, max_loss=0.01)
+    (row,) = (row for row in found.report.candidates if row.name == BY_HINT)
+    assert row.reason.startswith("the loss is 0.")
+    assert row.reason.endswith("above the 0.01 allowed")
+    assert found.report.chosen.name != BY_HINT
+
+
+def test_one_that_does_not_narrow_is_no_way_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = with_hint(monkeypatch, torch.float32)
+    (row,) = (row for row in found.report.candidates if row.name == BY_HINT)
+    assert "as exactly as in float32" in row.reason
+    assert found.report.chosen.name != BY_HINT
+
+
+@pytest.mark.parametrize(
+    ("names", "effort", "expected"),
+    [
+        (None, "measured", [BY_HINT]),
+        (None, "fast", []),
+        (["eager"], "measured", []),
+        (["openvino"], "fast", [BY_HINT]),
+        (["openvino", "eager"], "fast", ["openvino + eager (bf16, by a hint)"]),
+    ],
+)
+def test_when_the_hint_is_tried(
+    names: list[str] | None, effort: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, _ = capture_any(MODEL, (X,), None)
+    target, no_judge = Target(torch.device("cpu")), cast(Any, None)
+    monkeypatch.setattr(ways, "hinted", lambda precision, target: Hinted(torch.bfloat16))
+    found = ways.hinted_candidates(graph, "bf16", no_judge, names, target, Remarks(), effort)
+    assert [candidate.name for candidate in found] == expected
+    assert all(candidate.plan is not None and candidate.graph is graph for candidate in found)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_who_takes_a_hint(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "openvino_is_installed", lambda: installed)
+    cpu_target, gpu = Target(torch.device("cpu")), Target(torch.device("cuda:0"))
+    found = executors.hinted("bf16", cpu_target)
+    assert getattr(found, "precision", None) == ("bf16" if installed else None)
+    assert executors.hinted("int8", cpu_target) is None
+    assert executors.hinted("bf16", gpu) is None
 
 
 def test_onnx_runtime_has_no_bfloat16_on_the_cpu() -> None:

@@ -13,13 +13,14 @@ import torch
 
 import graphopt
 from graphopt.bench.inputs import real_only
+from graphopt.bench.loss import lost
 from graphopt.bench.peer import Problem, eager
 from graphopt.bench.peers import PEERS
 from graphopt.bench.problem import Model, device_named, own_stream, pose
 from graphopt.bench.results import results
 from graphopt.bench.rows import FORMAT, SCHEMA
 from graphopt.bench.setting import Case, Row, Setting, command_of
-from graphopt.bench.side import BUILD, Side, Tell, build_peers, check, time_sides
+from graphopt.bench.side import BUILD, OWN, Side, Tell, build_peers, check, time_sides
 from graphopt.capture.export import capture_any
 from graphopt.compiler.compare import Comparison
 from graphopt.compiler.reference import computed, output_reference
@@ -30,6 +31,7 @@ from graphopt.observe.memory import PeakMemory
 from graphopt.observe.snapshot import versions
 from graphopt.optimized_model import OptimizedModel
 from graphopt.packing import Padding
+from graphopt.precision import EXACT, default_max_loss
 
 _PEER_PACKAGES = ("openvino", "tensorrt", "torch-tensorrt", "torchvision", "triton")
 
@@ -76,7 +78,9 @@ def run_case(
         lengths=case.lengths,
         seed=case.seed,
     )
+    problem = dataclasses.replace(problem, precision=case.precision)
     given = problem if isinstance(model, torch.nn.Module) else None
+    max_loss = default_max_loss(case.precision, None)
     try:
         with own_stream(problem.device):
             tell("reference", 0.02)
@@ -85,8 +89,15 @@ def run_case(
 
             def compare(found: list[torch.Tensor]) -> Comparison:
                 values = computed(captured, found)
+                if max_loss is not None:  # peers return what they compute in
+                    values = [
+                        value.to(wanted.dtype) if isinstance(value, torch.Tensor) else value
+                        for value, wanted in zip(values, reference.before, strict=True)
+                    ]
                 if lengths is not None:
                     values = real_only(values, reference, problem.kwargs["attention_mask"])
+                if max_loss is not None:
+                    return lost(values, reference.float64, max_loss)
                 return reference.compare(values)
 
             padding: Padding = "keep" if lengths is None else "remove"
@@ -95,7 +106,8 @@ def run_case(
                 tell("artifact", 0.28)
                 cost |= artifact(optimized)
             run = eager(optimized, problem.args, problem.kwargs)
-            own = Side("graphopt", optimized.report.chosen.name, run)
+            report = optimized.report
+            own = Side(OWN, report.chosen.name, run, precision=report.precision)
             sides, missing = build_peers(problem, setting.against, tell, crashed or {})
             for side in (own, *sides):
                 tell(BUILD + side.key, 0.5)
@@ -107,6 +119,7 @@ def run_case(
                 "case": case.name,
                 **_asked(case, problem),
                 "lengths": lengths,
+                **_allowed(case.precision, max_loss),
                 **results(own, sides, times, counter(problem.device)),
                 "missing": missing,
                 "optimize": cost,
@@ -134,10 +147,16 @@ def failed_row(case: Case, setting: Setting, failed: Mapping[str, Any]) -> Row:
         "dtype": case.dtype,
         "device": case.device,
         "seed": case.seed,
+        **_allowed(case.precision, default_max_loss(case.precision, None)),
         "failed": {key: value for key, value in failed.items() if value is not None},
         **context(device_named(case.device)),
         "command": command_of(case, setting),
     }
+
+
+def _allowed(precision: str, max_loss: float | None) -> Row:
+    """What may be lost; nothing is said of an exact case."""
+    return {} if precision == EXACT else {"precision": precision, "max_loss": max_loss}
 
 
 def _asked(case: Case, problem: Problem) -> Row:
@@ -179,7 +198,9 @@ def _optimized(
             held = torch.cuda.memory_allocated(problem.device)
         watch, start = PeakMemory(), time.perf_counter()
         with watch:
-            optimized = graphopt.optimize(model, *_inputs(given), padding=padding)
+            optimized = graphopt.optimize(
+                model, *_inputs(given), padding=padding, precision=problem.precision
+            )
         seconds.append(round(time.perf_counter() - start, 3))
         if name == "cold":
             peak = watch.peak

@@ -7,10 +7,11 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
@@ -24,9 +25,16 @@ _CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 def export_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """PyTorch's own ONNX export of a model, as anybody gets it."""
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.no_grad():
         return torch.onnx.export(model, args, kwargs=dict(kwargs), dynamo=True, verbose=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Advice of converters, which nobody asked for, is not printed."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _exported(problem: Problem) -> Path:
@@ -42,7 +50,10 @@ def _exported(problem: Problem) -> Path:
 
 
 def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
-    """All its own optimizations; after its optimizer of transformers, too; and on a GPU as a CUDA graph."""
+    """All its own optimizations; after its optimizer of transformers, too; and on a GPU as a CUDA graph.
+
+    Where int8 is allowed, both are also quantized on the CPU, as its documentation has it for transformers.
+    """
     modes = [Mode("", lambda p: _session(p, _exported(p), _provider(p)))]
     if _transformer_type(problem):
         modes.append(
@@ -51,6 +62,8 @@ def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
     if problem.device.type == "cuda":
         graphed = [_with_cuda_graph(mode.name) for mode in modes]
         modes += graphed
+    elif problem.precision == "int8":
+        modes += [mode.narrowed("int8", _quantized(_MADE[mode.name])) for mode in modes]
     return modes
 
 
@@ -87,6 +100,28 @@ def _transformer_optimized(problem: Problem) -> Path:
             raise LoweringError("its optimizer of transformers fuses nothing in this export")
         made.save_model_to_file(str(path), use_external_data_format=True)
     return path
+
+
+# The model of each mode on a CPU.
+_MADE = {"": _exported, "transformers optimizer": _transformer_optimized}
+
+
+def _quantized(made: Callable[[Problem], Path]) -> Callable[[Problem], Run]:
+    """A session on a model quantized dynamically: weights in int8 by column, rows as they come."""
+
+    def build(problem: Problem) -> Run:
+        from onnxruntime.quantization import quantize_dynamic
+
+        path = made(problem)
+        model, quantized = onnx.load(path), path.with_name(f"int8-{path.name}")
+        weights = {weight.name for weight in model.graph.initializer}
+        for value in [value for value in model.graph.value_info if value.name in weights]:
+            model.graph.value_info.remove(value)  # it transposes weights, and trips over their old shapes
+        with _quiet():
+            quantize_dynamic(model, quantized, per_channel=True)
+        return _session(problem, quantized, _provider(problem))
+
+    return build
 
 
 def _provider(problem: Problem, **options: str) -> tuple[str, dict[str, Any]]:
@@ -165,16 +200,23 @@ def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
 _OPENVINO_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def openvino(problem: Problem) -> Run:
-    """OpenVINO for the lowest latency, in the model's own dtype.
+def openvino_modes(problem: Problem) -> Sequence[Mode]:
+    """For the lowest latency, in the model's own dtype; where bf16 is allowed, in that, too.
 
     Left alone it computes a float32 model in bfloat16 where the processor can, which is another model.
+    """
+    own = Mode("", lambda p: _openvino(p, _OPENVINO_TYPES.get(p.dtype, "f32")))
+    narrow = own.narrowed("bf16", lambda p: _openvino(p, "bf16"))
+    return [own, narrow] if problem.precision == "bf16" else [own]
+
+
+def _openvino(problem: Problem, asked: str) -> Run:
+    """OpenVINO in a precision, told by its hint.
 
     Raises:
         LoweringError: it computes in another precision all the same.
     """
     ov: Any = importlib.import_module("openvino")
-    asked = _OPENVINO_TYPES.get(problem.dtype, "f32")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": asked,
@@ -183,7 +225,7 @@ def openvino(problem: Problem) -> Run:
     compiled = ov.Core().compile_model(str(_exported(problem)), "CPU", settings)
     given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if given != asked:
-        raise LoweringError(f"OpenVINO computes in {given} on this processor, the case is in {asked}")
+        raise LoweringError(f"OpenVINO computes in {given} on this processor, not in {asked}")
     request = compiled.create_infer_request()
     inputs = [tensor.contiguous() for tensor in problem.inputs]
     results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]

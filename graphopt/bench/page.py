@@ -14,7 +14,7 @@ import graphopt.observe
 from graphopt.bench import summary
 from graphopt.bench.plot import Bar, Line, bars, lines
 from graphopt.observe.files import write_text
-from graphopt.observe.summary import error, ms, size, times
+from graphopt.observe.summary import ms, size, times
 
 Row = dict[str, Any]
 
@@ -61,11 +61,12 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {helper.__name__: helper for helper in (ms, error, size, times)}
+    environment.filters |= {helper.__name__: helper for helper in (ms, size, times)}
     environment.globals |= {
         "label": summary.label,
         "speed_text": summary.speed,
         "floor": summary.floor,
+        "accuracy": summary.accuracy,
     }
     return environment.get_template("page.html.jinja")
 
@@ -125,12 +126,13 @@ def _besides(row: Row, name: str) -> tuple[Any, ...]:
     """All that a case was asked for but one size."""
     sizes = tuple(sorted((key, value) for key, value in row["sizes"].items() if key != name))
     lengths = row["lengths"]["kind"] if row["lengths"] else ""
-    return row["spec"], sizes, row["dtype"], row["device"], row["device_name"], lengths
+    return row["spec"], sizes, row["dtype"], row.get("precision"), row["device"], row["device_name"], lengths
 
 
 def _heading(row: Row, name: str) -> str:
     others = [f"{key}={value}" for key, value in row["sizes"].items() if key != name]
-    return f"{row['spec']}, {', '.join([*others, row['dtype'], row['device']])}: by {name}"
+    precision = [row["precision"]] if "precision" in row else []
+    return f"{row['spec']}, {', '.join([*others, row['dtype'], *precision, row['device']])}: by {name}"
 
 
 def _growth(group: Sequence[Row], name: str) -> list[tuple[str, Markup]]:

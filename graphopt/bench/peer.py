@@ -25,6 +25,7 @@ class Problem:
         kwargs: keyword inputs.
         device: where all of it is.
         folder: for files that a peer has to write; removed after the case.
+        precision: narrower numbers that a peer may compute in besides; "exact" for none.
     """
 
     model: torch.nn.Module
@@ -32,6 +33,7 @@ class Problem:
     kwargs: Mapping[str, Any]
     device: torch.device
     folder: Path
+    precision: str = "exact"
 
     @property
     def inputs(self) -> list[torch.Tensor]:
@@ -57,10 +59,16 @@ class Mode:
     Args:
         name: as it stands in the tables; "" where the peer has only one.
         build: makes the function that is timed. It may take long and may raise.
+        precision: that it computes in; "exact" for the model's own.
     """
 
     name: str
     build: Callable[[Problem], Run]
+    precision: str = "exact"
+
+    def narrowed(self, precision: str, build: Callable[[Problem], Run]) -> Mode:
+        """The same way in narrower numbers, made by another function."""
+        return Mode(", ".join(filter(None, (self.name, precision))), build, precision)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ def results(own: Side, sides: Sequence[Side], times: Times, meter: Counter | Non
         meter: counts the device's energy; None where it does not tell.
     """
     best = _best(sides, times)
+    narrow = any(side.loss is not None for side in (own, *sides))
     counted = {own.key, *(side.key for side in best.values())} & times.warm.keys()
     rows = [{**_side(side, times), "counts": side.key in counted} for side in (own, *sides)]
     if meter is not None and not times.interrupted:
@@ -28,20 +30,23 @@ def results(own: Side, sides: Sequence[Side], times: Times, meter: Counter | Non
                 row["joules"] = _digits(meter.joules(side.run), 4)
     return {
         "sides": rows,
-        **_ratios("", own, best, times.warm),
-        **_ratios("cold_", own, best, times.cold),
+        **_ratios("", own, best, times.warm, narrow),
+        **_ratios("cold_", own, best, times.cold, narrow),
         "rounds_done": len(times.warm.get(own.key, ())) // 2,
         "interrupted": times.interrupted,
     }
 
 
 def _best(sides: Sequence[Side], times: Times) -> dict[str, Side]:
-    """The fastest mode of every peer that was timed."""
-    timed = sorted((side for side in sides if side.key in times.warm), key=times.median, reverse=True)
+    """The fastest mode of every peer that was timed, and loses no more than the case allows."""
+    right = (side for side in sides if side.key in times.warm and not side.wrong)
+    timed = sorted(right, key=times.median, reverse=True)
     return {side.peer: side for side in timed}
 
 
-def _ratios(prefix: str, own: Side, best: dict[str, Side], times: dict[str, list[float]]) -> dict[str, Any]:
+def _ratios(
+    prefix: str, own: Side, best: dict[str, Side], times: dict[str, list[float]], narrow: bool
+) -> dict[str, Any]:
     """A/A, and every peer's best mode, to graphopt; empty where nothing was timed."""
     if not times:
         return {}
@@ -51,6 +56,7 @@ def _ratios(prefix: str, own: Side, best: dict[str, Side], times: dict[str, list
     for peer, side in sorted(best.items()):
         found = ratio(times[side.key], times[own.key])
         ratios[peer] = {**found, "verdict": verdict(found, floor), "mode": side.mode}
+        ratios[peer] |= {"precision": side.precision} if narrow else {}
     return {f"{prefix}noise": {**again, "floor": floor}, f"{prefix}ratio": ratios}
 
 
@@ -59,8 +65,10 @@ def _side(side: Side, times: Times) -> dict[str, Any]:
         "peer": side.peer,
         "mode": side.mode,
         "build_s": side.build_s,
-        "error": None if side.error is None else _digits(side.error, 4),
+        "error": None if side.error is None or not math.isfinite(side.error) else _digits(side.error, 4),
     }
+    if side.loss is not None and side.cosine is not None and math.isfinite(side.loss):
+        row |= {"precision": side.precision, "loss": _digits(side.loss, 4), "cosine": _digits(side.cosine, 7)}
     row |= {key: value for key in ("wrong", "failed") if (value := getattr(side, key))}
     for prefix, found in (("", times.warm), ("cold_", times.cold)):
         if side.key in found:

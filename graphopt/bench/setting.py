@@ -23,7 +23,8 @@ class Case:
         lengths: ``"real"`` for a ragged batch; None for a full one.
         device: "cpu", "cuda", "cuda:1"; "auto" for where the model is.
         seed: of PyTorch while the model is made, and of the lengths.
-        label: what a suite calls it; "" for a name made of the above.
+        label: what a suite calls it; "" for a name made of the others.
+        precision: narrower numbers that graphopt may use, and every peer that can; "exact" for none.
     """
 
     spec: str
@@ -33,6 +34,7 @@ class Case:
     device: str = "auto"
     seed: int = 0
     label: str = ""
+    precision: str = "exact"
 
     @property
     def name(self) -> str:
@@ -42,7 +44,8 @@ class Case:
         sizes = [f"{name}={value}" for name, value in self.sizes.items()]
         lengths = [f"{self.lengths} lengths"] if self.lengths else []
         device = [self.device] if self.device != "auto" else []
-        return " ".join([self.spec, *sizes, *filter(None, [self.dtype]), *lengths, *device])
+        precision = [self.precision] if self.precision != "exact" else []
+        return " ".join([self.spec, *sizes, *filter(None, [self.dtype]), *precision, *lengths, *device])
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def command_of(case: Case, setting: Setting) -> str:
         words += [f"--{name}", str(value)] if name in ("batch", "seq") else ["--set", f"{name}={value}"]
     for name, given in (("dtype", case.dtype), ("lengths", case.lengths)):
         words += [f"--{name}", given] if given else []
+    words += ["--precision", case.precision] if case.precision != "exact" else []
     words += ["--device", case.device, "--seed", str(case.seed), "--rounds", str(setting.rounds)]
     words += ["--seconds", f"{setting.seconds:g}"] if setting.seconds is not None else []
     words += ["--threads", str(setting.threads)] if setting.threads is not None else []

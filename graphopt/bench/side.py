@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphopt.bench.loss import Lost
 from graphopt.bench.peer import Problem, Run
 from graphopt.bench.peers import PEERS
 from graphopt.compiler.compare import Comparison
@@ -18,7 +19,7 @@ from graphopt.runtime.rounds import Clock, Interrupted, clock_of, interleave
 
 Tell = Callable[[str, float], None]
 
-AGAIN = "graphopt again"
+OWN, AGAIN = "graphopt", "graphopt again"
 BUILD, RUN = "build ", "run "  # before the key of the side that is being built and checked, or timed
 _LONG_MS = 1e3  # calls that are announced one by one: beside them, saying so costs nothing
 _MIN_CALLS = 6  # of a side, for an interrupted case to be worth its row
@@ -36,6 +37,9 @@ class Side:
         error: the largest of its outputs, relative to float64.
         wrong: why its outputs are not the model's; "" if they are.
         failed: the error that it ended with; "" if it runs.
+        precision: that it computes in; "exact" for the model's own.
+        loss: where the case allows one: relative distance from float64 of its worst output.
+        cosine: likewise, the cosine similarity of the output that is least similar.
     """
 
     peer: str
@@ -45,6 +49,9 @@ class Side:
     error: float | None = None
     wrong: str = ""
     failed: str = ""
+    precision: str = "exact"
+    loss: float | None = None
+    cosine: float | None = None
 
     @property
     def key(self) -> str:
@@ -74,7 +81,7 @@ def build_peers(
             missing[name] = {"reason": reason, "install": peer.install}
             continue
         for mode in peer.modes(problem):
-            side = Side(name, mode.name)
+            side = Side(name, mode.name, precision=mode.precision)
             sides.append(side)
             if side.key in crashed:
                 side.failed = crashed[side.key]
@@ -90,7 +97,10 @@ def build_peers(
 
 
 def check(side: Side, compare: Callable[[list[torch.Tensor]], Comparison]) -> None:
-    """Hold a side's outputs against float64; one that is wrong, or fails to run, is run no more."""
+    """Hold a side's outputs against float64; one that is wrong, or fails to run, is run no more.
+
+    A peer that loses more than the case allows is timed, so that its row tells what it gains by that.
+    """
     if side.run is None:
         return
     try:
@@ -99,8 +109,12 @@ def check(side: Side, compare: Callable[[list[torch.Tensor]], Comparison]) -> No
         side.run, side.failed = None, _first_line(error)
         return
     side.error = found.error_after
+    if isinstance(found, Lost):
+        side.loss, side.cosine = found.loss, found.cosine
     if not found.ok:
-        side.run, side.wrong = None, found.reason
+        side.wrong = found.reason
+        if side.loss is None or not math.isfinite(side.loss) or side.peer == OWN:
+            side.run = None
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.observe.summary import error
+
 Row = dict[str, Any]
 
 VERDICTS = {
@@ -127,13 +129,21 @@ def unloaded(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def label(side: dict[str, Any]) -> str:
-    """A side by its peer and mode."""
-    return f"{side['peer']}, {side['mode']}" if side["mode"] else str(side["peer"])
+    """A side by its peer and mode; one that is exact, where a loss is allowed, is called so."""
+    exact = "exact" if side.get("precision") == "exact" else ""
+    return ", ".join(filter(None, (side["peer"], side["mode"], exact)))
 
 
 def speed(ratio: dict[str, Any]) -> str:
     """A ratio as a factor with its interval."""
     return f"{ratio['ratio']:.2f}× [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def accuracy(side: dict[str, Any]) -> str:
+    """How far a side is from float64: its largest error, or what it loses where a loss is allowed."""
+    if "loss" not in side:
+        return error(side["error"])
+    return f"loss {side['loss']:.2g}, cosine {side['cosine']:.5f}"
 
 
 def floor(row: Row) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.bench import summary
-from graphopt.observe.summary import error, ms, size, times
+from graphopt.observe.summary import ms, size, times
 
 Row = dict[str, Any]
 
@@ -59,7 +59,11 @@ def told(row: Row) -> str:
     own = row["sides"][0]
     if "ms" not in own:
         return f"{row['case']}: graphopt {'is wrong: ' + own['wrong'] if 'wrong' in own else own['failed']}"
-    ratios = [f"{peer} {found['ratio']:.2f}× ({found['verdict']})" for peer, found in row["ratio"].items()]
+    ratios = [
+        f"{peer}{', exact,' if found.get('precision') == 'exact' else ''} {found['ratio']:.2f}×"
+        f" ({found['verdict']})"
+        for peer, found in row["ratio"].items()
+    ]
     return f"{row['case']}: {ms(own['ms']['median'])} ms; " + ", ".join(ratios)
 
 
@@ -99,7 +103,7 @@ def _cells(row: Row, side: dict[str, Any]) -> list[str]:
         ms(cold["median"]) if cold else "",
         summary.speed(found) if found else "",
         said,
-        error(side["error"]),
+        summary.accuracy(side),
     ]
 
 

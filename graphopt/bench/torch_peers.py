@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 from collections.abc import Sequence
 
 import torch
 
+from graphopt.bench.inputs import moved
 from graphopt.bench.peer import Mode, Problem, Run, eager, tensors
 from graphopt.kernels._replay import captured
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _also_narrow(modes: Sequence[Mode], problem: Problem) -> Sequence[Mode]:
+    """The modes, and the same on the model in the dtype that the problem's precision allows, if it is one."""
+    if problem.precision not in _DTYPES:
+        return modes
+
+    def narrow(mode: Mode) -> Mode:
+        return mode.narrowed(problem.precision, lambda given: mode.build(_cast(given)))
+
+    return [*modes, *map(narrow, modes)]
+
+
+def _cast(problem: Problem) -> Problem:
+    """A copy of the model, and its inputs, in narrower numbers before anything is timed; so is the output."""
+    dtype = _DTYPES[problem.precision]
+    model = copy.deepcopy(problem.model).to(dtype)
+    args, kwargs = moved((problem.args, dict(problem.kwargs)), problem.device, dtype)
+    return dataclasses.replace(problem, model=model, args=args, kwargs=kwargs)
+
 
 def eager_modes(problem: Problem) -> Sequence[Mode]:
-    """The model as it is; on a GPU also as one CUDA graph."""
+    """The model as it is, and cast as a whole where that is allowed; on a GPU also as one CUDA graph."""
     modes = [Mode("", lambda p: eager(p.model, p.args, p.kwargs))]
     if problem.device.type == "cuda":
         modes.append(Mode("CUDA graph", _graphed))
-    return modes
+    return _also_narrow(modes, problem)
 
 
 def _graphed(problem: Problem) -> Run:
@@ -36,7 +60,7 @@ def _graphed(problem: Problem) -> Run:
 def inductor_modes(problem: Problem) -> Sequence[Mode]:
     """``torch.compile`` in every mode that may win on the device, weights frozen, as it advises."""
     other = "reduce-overhead" if problem.device.type == "cuda" else "default"
-    return [inductor_mode(name) for name in (other, "max-autotune")]
+    return _also_narrow([inductor_mode(name) for name in (other, "max-autotune")], problem)
 
 
 def inductor_mode(name: str) -> Mode:

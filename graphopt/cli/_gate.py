@@ -24,6 +24,7 @@ from graphopt.gate.facts import for_lock
 from graphopt.gate.finding import Result, exit_code, require_compared
 from graphopt.gate.judge import judge, limits_of
 from graphopt.gate.lock import Entry, settled
+from graphopt.precision import EXACT
 from graphopt.runtime.partition import find_executors
 from graphopt.runtime.rounds import Run, clock_of
 
@@ -60,7 +61,7 @@ def baseline_of(prepared: Prepared, name: str) -> torch.nn.Module:
     if name == "eager":
         return prepared.original
     find_executors([name])
-    return optimized_by(prepared, {"executors": [name, "eager"]}, "fast", None)
+    return optimized_by(prepared, {"executors": [name, "eager"], "precision": EXACT}, "fast", None)
 
 
 def call_of(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:

@@ -28,6 +28,7 @@ from graphopt.observe.report import BASELINE, Candidate
 from graphopt.optimize import optimize
 from graphopt.optimized_model import OptimizedModel
 from graphopt.passes.default import pipeline
+from graphopt.precision import EXACT, default_max_loss, passes_of
 from graphopt.runtime import scheduler
 from graphopt.runtime.target import Target
 
@@ -51,6 +52,7 @@ class Config:
         max_loss: of passes that lose something.
         batch: of made inputs.
         seq: likewise, tokens.
+        precision: narrower numbers to try; None leaves it to pyproject.toml.
     """
 
     spec: str
@@ -64,6 +66,7 @@ class Config:
     max_loss: float | None = None
     batch: int = 1
     seq: int | None = None
+    precision: str | None = None
 
     @property
     def elsewhere(self) -> bool:
@@ -83,6 +86,8 @@ class Config:
         wrong += sorted({"spec"} - found.keys())
         if not isinstance(runs, dict) or not isinstance(runs.get("executors"), list | None):
             wrong.append("runs")
+        if isinstance(runs, dict) and not isinstance(runs.get("precision"), str | None):
+            wrong.append("runs")
         if wrong:
             raise InputError(
                 f"the lock's config of {name} does not read: {wrong[0]} = {found.get(wrong[0])!r}",
@@ -96,7 +101,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("spec", "target"), (str,)),
     **dict.fromkeys(("dynamic", "outputs", "enable", "disable"), (list,)),
     **dict.fromkeys(("level", "seq"), (int, NoneType)),
-    "executors": (str, NoneType),
+    **dict.fromkeys(("executors", "precision"), (str, NoneType)),
     "max_loss": (int, float, NoneType),
     "batch": (int,),
 }
@@ -144,7 +149,8 @@ def prepare(config: Config) -> Prepared:
         GraphoptError: the SPEC, an option or the capture fails.
     """
     chosen = _config.passes(config.level, config.enable, config.disable)
-    passes = pipeline(chosen.level, chosen.enable, chosen.disable)
+    casts = passes_of(_config.precision(config.precision))
+    passes = pipeline(chosen.level, (*chosen.enable, *casts), chosen.disable)
     if config.elsewhere:
         gpu_limits(config.target)
     target = "cpu" if config.elsewhere else config.target
@@ -197,11 +203,19 @@ def examine(prepared: Prepared, runs: Mapping[str, Any], metric: str | None, pro
         plan=plan,
         node_times=report.node_times,
         chosen=report.chosen.name,
+        max_loss=_allowed(prepared.config, report.precision),
     )
     facts = facts_of(subject)
     facts["serve"] = serve.served(plan, prepared.inputs)
     facts["metric"] = _metric(metric, prepared.original, optimized)
     return Examined(facts, optimized)
+
+
+def _allowed(config: Config, precision: str) -> float | None:
+    """What a model that runs in a precision may lose; None where it runs in its own."""
+    if precision == EXACT:
+        return None
+    return default_max_loss(precision, None) if config.max_loss is None else config.max_loss
 
 
 def optimized_by(
@@ -220,6 +234,7 @@ def optimized_by(
         level=chosen.level if runs.get("rewritten", True) else 0,
         enable=chosen.enable if runs.get("rewritten", True) else (),
         disable=chosen.disable,
+        precision=runs.get("precision") or _config.precision(config.precision),
         max_loss=config.max_loss,
         effort=effort,
         progress=None if progress is None else lambda name, done: progress(name, 0.6 * done),
@@ -251,19 +266,23 @@ def choice(prepared: Prepared, progress: Progress) -> dict[str, Any]:
     """Which executors run a model, decided by measurement once, so that no later check depends on noise.
 
     Returns:
-        ``executors`` in order of preference, None for the first that is right; and whether the graph is
-        ``rewritten``.
+        ``executors`` in order of preference, None for the first that is right; whether the graph is
+        ``rewritten``; and the ``precision`` that it runs in, null for the one that was asked for.
     """
     config = prepared.config
     insisted = _options.executors(config.executors)
     if insisted or config.elsewhere:
-        return {"executors": list(insisted) if insisted else None, "rewritten": True}
+        return {"executors": list(insisted) if insisted else None, "rewritten": True, "precision": None}
     optimized = optimized_by(prepared, {}, "measured", progress)
     right = [candidate for candidate in optimized.report.candidates if not candidate.reason]
     if _as_fast(right[0], optimized.report.chosen):
-        return {"executors": None, "rewritten": True}
+        return {"executors": None, "rewritten": True, "precision": None}
     used = dict.fromkeys([*(step.executor for step in optimized.plan.steps), "eager"])
-    return {"executors": list(used), "rewritten": optimized.report.chosen.name != BASELINE}
+    return {
+        "executors": list(used),
+        "rewritten": optimized.report.chosen.name != BASELINE,
+        "precision": optimized.report.precision,
+    }
 
 
 def _as_fast(preferred: Candidate, chosen: Candidate) -> bool:

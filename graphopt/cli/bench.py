@@ -57,6 +57,7 @@ def bench(
         str | None,
         typer.Option(metavar="DTYPE,DTYPE", help="float32, float16, bfloat16; by default as it is."),
     ] = None,
+    precision: Annotated[str, typer.Option(metavar="NAME,NAME", help="Also bf16, fp16 or int8.")] = "exact",
     device: Annotated[
         str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": where the model is.')
     ] = "auto",
@@ -94,7 +95,9 @@ def bench(
 
     A case is a SPEC with a batch, a length and a dtype. It runs in a process of its own: graphopt and all
     peers on the same inputs, in interleaved rounds, A B B A, and graphopt against itself, which gives the
-    noise floor. Every side is held against float64: what is wrong is marked and does not count. A factory
+    noise floor. Every side is held against float64: what is wrong is marked and does not count. With
+    **--precision** graphopt and whoever can also compute in narrower numbers, all within the loss that
+    optimize allows by default, and rows tell what each of them loses. A factory
     gets the sizes that are asked for by name: `def bert(batch, seq)`. A peer that crashes, or takes longer
     than **--limit** to build or for one call, is marked, and the case goes on without it.
 
@@ -122,7 +125,8 @@ def bench(
         setting = Setting(tuple(peers.named(against)), rounds, seconds, threads, limit or None)
         device_named(device)
         ragged = lengths.value if lengths is Lengths.real else None
-        cases = list(grid(specs or [], _grid_sizes(batch, seq, sizes), _dtypes(dtype), ragged, device, seed))
+        axes = _grid_sizes(batch, seq, sizes), _kinds(dtype, precision)
+        cases = list(grid(specs or [], *axes, ragged, device, seed))
         run = run_cases(cases, setting, output, quiet=quiet, debug=debug)
         _show(run.rows, places, json=json, quiet=quiet)
         raise typer.Exit(run.exit_code)
@@ -181,17 +185,18 @@ class Places:
 def grid(
     specs: Iterable[str],
     sizes: Sequence[tuple[str, Sequence[int]]],
-    dtypes: Sequence[str | None],
+    kinds: Sequence[tuple[str | None, str]],
     lengths: str | None,
     device: str,
     seed: int,
 ) -> Iterator[Case]:
-    """Every SPEC with every size and dtype."""
+    """Every SPEC with every size, and every kind of numbers: dtype and precision."""
     names = [name for name, _ in sizes]
-    for spec, values, dtype in itertools.product(
-        dict.fromkeys(specs), itertools.product(*(values for _, values in sizes)), dtypes
+    for spec, values, (dtype, precision) in itertools.product(
+        dict.fromkeys(specs), itertools.product(*(values for _, values in sizes)), kinds
     ):
-        yield Case(spec, dict(zip(names, values, strict=True)), dtype, lengths, device, seed)
+        given = dict(zip(names, values, strict=True))
+        yield Case(spec, given, dtype, lengths, device, seed, precision=precision)
 
 
 def _grid_sizes(batch: str | None, seq: str | None, others: list[str] | None) -> list[tuple[str, list[int]]]:
@@ -221,6 +226,16 @@ def _dtypes(text: str | None) -> list[str | None]:
 
     names = [str(dtype_named(name.strip())).removeprefix("torch.") for name in text.split(",")]
     return list(dict.fromkeys(names))
+
+
+def _kinds(dtype: str | None, precision: str) -> list[tuple[str | None, str]]:
+    """Every dtype in every precision."""
+    from graphopt.precision import passes_of
+
+    names = list(dict.fromkeys(name.strip() for name in precision.split(",")))
+    for name in names:
+        passes_of(name)
+    return list(itertools.product(_dtypes(dtype), names))
 
 
 @dataclass

@@ -42,8 +42,9 @@ def lock(
     level: _options.Level = None,
     enable: _options.Enable = None,
     disable: _options.Disable = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="Also bf16, fp16 or int8.")] = None,
     max_loss: Annotated[
-        float | None, typer.Option(min=0.0, help="The most that lossy passes, enabled by name, may lose.")
+        float | None, typer.Option(min=0.0, help="The most that lossy passes or a precision may lose.")
     ] = None,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
@@ -81,7 +82,7 @@ def lock(
             for spec, known in zip(specs, names, strict=True):
                 config = Config(
                     spec, target, executors, tuple(dynamic or ()), tuple(outputs or ()), level,
-                    tuple(enable or ()), tuple(disable or ()), max_loss, batch, seq,
+                    tuple(enable or ()), tuple(disable or ()), max_loss, batch, seq, precision,
                 )  # fmt: skip
                 budgets = _gate.budgets_of({"budgets": own}, known, {})
                 entry = _gate.lock_entry(config, own, budgets, processes, progress)

@@ -28,13 +28,19 @@ _PATIENCE = 8  # sites in a row that cost too much: matches come in order of dam
 
 
 def relative_distance(original: Sequence[Any], found: Sequence[Any]) -> float:
-    """The default loss: ``|found - original| / |original|`` in the 2-norm, of the worst floating output."""
+    """The default loss: ``|found - original| / |original|`` in the 2-norm, of the worst floating output.
+
+    Infinite and undefined numbers are no difference where both have them, and an infinite one where not.
+    """
     worst = 0.0
     for before, after in zip(original, found, strict=True):
         if isinstance(before, torch.Tensor) and before.is_floating_point():
-            wide = before.double()
-            distance = float((after.double() - wide).norm())
-            size = float(wide.norm())
+            wide, other = before.double(), after.double()
+            same = (other == wide) | (other.isnan() & wide.isnan())
+            distance = float((other - wide).masked_fill(same, 0.0).norm())
+            size = float(wide[wide.isfinite()].norm())
+            if not math.isfinite(distance):
+                return math.inf
             worst = max(worst, distance / size if size else (math.inf if distance else 0.0))
     return worst
 

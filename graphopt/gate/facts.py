@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import fx
 
 from graphopt.compiler.cost import VIEWS, milliseconds, node_cost, node_dtype
 from graphopt.compiler.device import Limits
+from graphopt.compiler.lossy import relative_distance
 from graphopt.compiler.pass_ import Pass
 from graphopt.compiler.reference import computed, output_reference
 from graphopt.compiler.remarks import Remark, Rewrite
@@ -59,6 +60,8 @@ class Subject:
         plan: what runs; None for a target that is not here.
         node_times: of the plan.
         chosen: name of the candidate that runs; "" without a plan.
+        max_loss: what may be lost where it runs in narrower numbers: a relative distance from float64; None
+            where it runs in the model's own.
     """
 
     captured: Graph
@@ -73,6 +76,7 @@ class Subject:
     plan: Plan | None = None
     node_times: Sequence[NodeTime] = ()
     chosen: str = ""
+    max_loss: float | None = None
 
 
 def facts_of(subject: Subject) -> dict[str, Any]:
@@ -259,11 +263,19 @@ def _graph_coverage(plan: Plan) -> float | None:
 def _numerics(subject: Subject) -> dict[str, Any]:
     """Errors against the original in float64, and the original's outputs in short.
 
+    A model in narrower numbers is right where it loses no more than it may.
+
     The reference is the model as it was captured, whatever passes that lose something made of it: what they
     lost, in whatever metric they were allowed to, counts here.
     """
     reference = output_reference(subject.captured, subject.inputs, MODEL_FLOOR_ULPS)
-    found = reference.compare(computed(subject.captured, subject.outputs))
+    after = computed(subject.captured, subject.outputs)
+    found = reference.compare(after)
+    if subject.max_loss is not None:
+        loss = relative_distance(reference.float64, after)
+        reason = f"the loss is {loss:.3g}, above the {subject.max_loss:.3g} allowed"
+        ok = loss <= subject.max_loss
+        found = replace(found, ok=ok, reason="" if ok else reason)
     return {
         "numerics": {
             "error": found.error_after,

@@ -15,8 +15,8 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.ir.graph import Graph
 from graphopt.runtime import scheduler
-from graphopt.runtime.candidates import plan_candidates
 from graphopt.runtime.target import Target
+from graphopt.runtime.ways import plan_candidates
 
 _SEED, _DRAWS = 20241107, 3
 

@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.bench.onnx_peers import openvino
-from graphopt.bench.peer import Problem
+from graphopt.bench.onnx_peers import openvino_modes
+from graphopt.bench.peer import Problem, Run
 from graphopt.bench.peers import PEERS
 from graphopt.errors import LoweringError
 
 CPU = torch.device("cpu")
 
 
-def problem(folder: Path, dtype: torch.dtype = torch.float32) -> Problem:
+def problem(folder: Path, dtype: torch.dtype = torch.float32, precision: str = "exact") -> Problem:
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8)).eval()
-    return Problem(model.to(dtype), (torch.randn(4, 64).to(dtype),), {}, CPU, folder)
+    return Problem(model.to(dtype), (torch.randn(4, 64).to(dtype),), {}, CPU, folder, precision)
+
+
+def build(posed: Problem) -> Run:
+    """The narrowest of its modes."""
+    return openvino_modes(posed)[-1].build(posed)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def test_it_computes_in_the_precision_of_the_case(
     posed = problem(tmp_path, dtype)
     with torch.no_grad():
         try:
-            (got,) = openvino(posed)()
+            (got,) = build(posed)()
         except LoweringError as error:
             pytest.skip(error.message)  # a processor without bfloat16
         wanted = posed.model.double()(posed.args[0].double())
@@ -42,12 +47,17 @@ def test_it_computes_in_the_precision_of_the_case(
     assert least <= float((got - wanted).abs().max() / wanted.abs().max()) < most
 
 
-def test_in_another_precision_it_is_no_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("asked", "hint", "given"), [("exact", "f32", "bf16"), ("int8", "f32", "bf16"), ("bf16", "bf16", "f32")]
+)
+def test_in_another_precision_it_is_no_peer(
+    asked: str, hint: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compile_model(path: str, device: str, settings: Any) -> Any:
-        assert settings["INFERENCE_PRECISION_HINT"] == "f32"
-        return SimpleNamespace(get_property=lambda name: SimpleNamespace(get_type_name=lambda: "bf16"))
+        assert settings["INFERENCE_PRECISION_HINT"] == hint
+        return SimpleNamespace(get_property=lambda name: SimpleNamespace(get_type_name=lambda: given))
 
     core = SimpleNamespace(compile_model=compile_model)
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
-    with pytest.raises(LoweringError, match="computes in bf16 on this processor, the case is in f32"):
-        openvino(problem(tmp_path))
+    with pytest.raises(LoweringError, match=f"computes in {given} on this processor, not in {hint}"):
+        build(problem(tmp_path, precision=asked))

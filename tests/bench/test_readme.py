@@ -10,7 +10,7 @@ from bench import RESULTS
 from bench.readme import README, code_of, with_tables
 from bench.suites import SUITES
 from graphopt.bench.rows import read
-from graphopt.runtime import candidates
+from graphopt.runtime import ways
 
 
 def test_tables_are_generated_from_the_recorded_results() -> None:
@@ -34,7 +34,7 @@ def test_recorded_rows_are_of_cases_that_exist() -> None:
 def test_the_example_is_the_file_that_runs_and_prints_what_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(candidates, "_WORTH_COMPILING_MS", math.inf)  # Inductor compiles for most of a minute
+    monkeypatch.setattr(ways, "_WORTH_COMPILING_MS", math.inf)  # Inductor compiles for most of a minute
     monkeypatch.setenv("COLUMNS", "110")
     text = README.read_text()
     runpy.run_module("examples.quickstart")

@@ -83,6 +83,15 @@ def test_the_default_metric() -> None:
     assert relative_distance([torch.zeros(2)], [torch.ones(2)]) == float("inf")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_infinite_or_undefined_number_is_an_infinite_loss_unless_the_original_has_it(value: float) -> None:
+    before, after = torch.tensor([3.0, 4.0, value]), torch.tensor([3.0, 4.5, value])
+    assert relative_distance([before], [after]) == pytest.approx(0.1)
+    for found in (torch.tensor([3.0, value, value]), torch.tensor([3.0, 4.0, 1.0])):
+        assert relative_distance([before], [found]) == float("inf")
+    assert relative_distance([torch.ones(3)], [after]) == float("inf")
+
+
 def test_optimize_runs_them_by_name_within_max_loss_only() -> None:
     @custom_pass("prune", exact=False)
     class DropTanh:

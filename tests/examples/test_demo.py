@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from examples import demo
-from graphopt.runtime import candidates
+from graphopt.runtime import ways
 
 
 def test_demo_agrees_with_the_original_and_writes_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(candidates, "_WORTH_COMPILING_MS", math.inf)
+    monkeypatch.setattr(ways, "_WORTH_COMPILING_MS", math.inf)
     monkeypatch.setattr(demo, "ROUNDS", 3)
     monkeypatch.chdir(tmp_path)
     demo.main()

@@ -15,10 +15,11 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph, op_name
 from graphopt.kernels import _triton
 from graphopt.passes.default import pipeline
-from graphopt.runtime.candidates import choose, plan_candidates
+from graphopt.runtime.candidates import choose
 from graphopt.runtime.executors.cuda import Cuda, CudaProgram, uncapturable
 from graphopt.runtime.region import extract
 from graphopt.runtime.target import Target
+from graphopt.runtime.ways import plan_candidates
 from tests._models import Example, bert, cnn, padding, randn, tokens
 from tests.runtime._graphs import StandIn, stand_in
 

@@ -10,7 +10,7 @@ import torch
 import graphopt
 from graphopt.compiler.device import Limits
 from graphopt.errors import LoweringError
-from graphopt.runtime import candidates
+from graphopt.runtime import ways
 from graphopt.runtime.executors import EXECUTORS
 from graphopt.runtime.executors import inductor as module
 from tests._models import MLP, bert, randn, randomised
@@ -66,7 +66,7 @@ def test_no_compiler_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -
     model = randomised(MLP())
     with pytest.raises(LoweringError, match=r"No working C\+\+ compiler"):
         graphopt.optimize(model, (X,), executors=("inductor",), effort="fast")
-    monkeypatch.setattr(candidates, "_WORTH_COMPILING_MS", 0.0)
+    monkeypatch.setattr(ways, "_WORTH_COMPILING_MS", 0.0)
     opt = graphopt.optimize(model, (X,))
     row = next(row for row in opt.report.candidates if row.name == "inductor")
     assert not row.chosen

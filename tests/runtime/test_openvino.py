@@ -14,7 +14,7 @@ from graphopt.compiler.compare import compare
 from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import LoweringError
-from graphopt.runtime import candidates, executors, scheduler
+from graphopt.runtime import executors, scheduler, ways
 from graphopt.runtime.executors import EXECUTORS, absent
 from graphopt.runtime.executors.ort import OpenVino
 from graphopt.runtime.executors.ort.providers import OPENVINO
@@ -117,7 +117,7 @@ def test_a_plugin_that_does_not_load_is_remarked_and_none_is_no_news(
     monkeypatch.setattr(executors, "openvino_is_installed", lambda: installed)
     graph, _ = capture_any(randomised(MLP()), (randn(4, 8),), None)
     remarks = Remarks()
-    found = candidates.plan_candidates(graph, graph, None, HOST, remarks)
+    found = ways.plan_candidates(graph, graph, None, HOST, remarks)
     assert "openvino" not in [candidate.name for candidate in found]
     said = [row.reason for row in remarks.rows if "openvino" in row.reason]
     assert said == ["openvino is no candidate: OpenVINO's provider does not load: why"] * installed

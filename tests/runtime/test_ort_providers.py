@@ -17,7 +17,6 @@ from graphopt.capture.export import capture_any
 from graphopt.compiler.device import device_limits
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import InputError, TargetError
-from graphopt.runtime import candidates
 from graphopt.runtime.executors import EXECUTORS, absent
 from graphopt.runtime.executors.ort import OpenVino, providers
 from graphopt.runtime.executors.ort.providers import CPU, CUDA, OPENVINO, TENSORRT, Provider
@@ -152,7 +151,7 @@ def test_insisting_on_a_provider_that_does_not_load_is_one_error(
     monkeypatch.setattr(providers, "problem", lambda *_: f"{CUDA} does not load: no libcudnn.so.9")
     graph, _ = capture_any(randomised(MLP()), (randn(4, 8),), None)
     with pytest.raises(TargetError, match=r"no executor .* runs on cuda:1: ort: .*no libcudnn.so.9"):
-        candidates.plan_candidates(graph, graph, ("ort",), GPU, Remarks())
+        ways.plan_candidates(graph, graph, ("ort",), GPU, Remarks())
 
 
 def test_a_provider_that_does_not_load_is_otherwise_one_remark(
@@ -162,7 +161,7 @@ def test_a_provider_that_does_not_load_is_otherwise_one_remark(
     monkeypatch.setattr(Target, "limits", property(lambda self: device_limits(HOST.device)))
     graph, _ = capture_any(randomised(MLP()), (randn(4, 8),), None)
     remarks = Remarks()
-    found = candidates.plan_candidates(graph, graph, ("ort", "eager"), GPU, remarks)
+    found = ways.plan_candidates(graph, graph, ("ort", "eager"), GPU, remarks)
     assert [step.executor for step in found[0].plan.steps] == ["eager"]
     (said,) = (row.reason for row in remarks.rows if "no candidate" in row.reason)
     assert said.startswith("ort is no candidate: ONNX Runtime")

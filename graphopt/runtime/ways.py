@@ -1,0 +1,235 @@
+"""The ways to run a model on a target: graphs and executors, compiled into candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from graphopt.compiler.cost import graph_milliseconds
+from graphopt.compiler.remarks import Remarks
+from graphopt.errors import GraphoptError, TargetError
+from graphopt.ir.graph import Graph
+from graphopt.runtime.candidates import Candidate, Judge
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted
+from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
+from graphopt.runtime.target import Target
+
+_WORTH_COMPILING_MS = 50.0  # a call's roofline on the CPU above which Inductor is tried
+
+
+def plan_candidates(
+    captured: Graph,
+    rewritten: Graph,
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
+) -> list[Candidate]:
+    """Compile every way to run the model.
+
+    Args:
+        captured: the graph as captured; running it in PyTorch is the peer that is always there.
+        rewritten: the graph after the passes.
+        executors: the only ones to use, in order of preference; None for every way there is.
+        target: where.
+        remarks: takes what was refused.
+        effort: "measured" compiles every way, "fast" leaves out those that take long to compile.
+
+    Raises:
+        LoweringError: the executors insisted on cannot run the model.
+        TargetError: an executor is unknown, or what it runs on is not there.
+    """
+    if executors is not None:
+        plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
+        return [Candidate(" + ".join(executors), rewritten, plan)]
+    native = "ort" if target.device.type == "cpu" else "cuda"
+    compile_too = effort == "measured" and _is_worth_compiling(rewritten, target)
+    candidates = _native(native, rewritten, target, remarks, effort, compile_too)
+    other = besides(target) if effort == "measured" else None
+    if other is not None and _is_here(other, target, remarks):
+        candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
+    if compile_too:
+        candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
+    for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
+        candidates.append(_way(name, graph, ("eager",), target, remarks, effort))
+    return candidates
+
+
+def narrowed_candidates(
+    graph: Graph,
+    precision: str,
+    judge: Callable[[], Judge],
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
+) -> list[Candidate]:
+    """Compile every way to run a model whose numbers were made narrower; those that fail are dropped.
+
+    Each executor but the last takes all of it or nothing: crossing from one to another between two products
+    would cost what the narrow one gains.
+
+    Args:
+        graph: the rewritten graph.
+        precision: its name, for those of the candidates.
+        judge: makes what the outputs of one are held against.
+        executors: the only ones to use, in order of preference; None for every way there is.
+        target: where.
+        remarks: takes what was refused.
+        effort: as for ``plan_candidates``.
+    """
+    if executors is not None:
+        ways: list[tuple[str, ...]] = [tuple(executors)]
+    elif target.device.type == "cpu":
+        ways = [("onednn",), ("ort",), ("eager",)]
+        if effort == "measured" and _is_worth_compiling(graph, target):
+            ways.insert(1, ("inductor",))
+    else:
+        ways = [("cuda", "eager"), ("inductor", "eager"), ("eager",)]
+    candidates = []
+    for order in ways:
+        name = " + ".join(order) if executors is not None else order[0]
+        candidate = Candidate(f"{name} ({precision})", graph, None, judge=judge())
+        candidates.append(candidate)
+        try:
+            candidate.plan = partition(graph, find_executors(order), target, remarks, effort)
+        except GraphoptError as error:
+            candidate.drop(error.message, remarks)
+    return candidates
+
+
+def hinted_candidates(
+    graph: Graph,
+    precision: str,
+    judge: Judge,
+    executors: Sequence[str] | None,
+    target: Target,
+    remarks: Remarks,
+    effort: str = "measured",
+) -> list[Candidate]:
+    """The way to run an exact graph on an executor that narrows it by itself; none where there is none.
+
+    Args:
+        graph: the exact graph.
+        precision: that the executor is told to compute in.
+        judge: what its outputs are held against.
+        executors: as for ``narrowed_candidates``; it must be among them.
+        target: where.
+        remarks: takes what was refused.
+        effort: "fast" takes it only where it is insisted on.
+    """
+    by_itself = hinted(precision, target)
+    order = executors or ([by_itself.name] if by_itself and effort == "measured" else [])
+    if by_itself is None or by_itself.name not in order:
+        return []
+    chain = [by_itself if name == by_itself.name else EXECUTORS[name] for name in order]
+    candidate = Candidate(f"{' + '.join(order)} ({precision}, by a hint)", graph, None, judge=judge)
+    try:
+        candidate.plan = partition(graph, chain, target, remarks, effort)
+    except GraphoptError as error:
+        candidate.drop(error.message, remarks)
+    return [candidate]
+
+
+PACKED = "padding removed"
+
+
+def plan_packed(
+    packed: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks, effort: str = "measured"
+) -> Candidate:
+    """The way to run a model on real tokens only: on the executors insisted on, else on the fastest kind.
+
+    Args:
+        packed: the graph that packs tokens.
+        executors: as for ``plan_candidates``.
+        target: where.
+        remarks: takes what was refused.
+        effort: as for ``plan_candidates``.
+    """
+    native = "ort" if target.device.type == "cpu" else "cuda"
+    order = (native, "eager") if executors is None else tuple(executors)
+    name = native if executors is None else " + ".join(order)
+    return _way(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+
+
+def _native(
+    native: str, graph: Graph, target: Target, remarks: Remarks, effort: str, compile_too: bool
+) -> list[Candidate]:
+    """The executor that is made for the device; where it does not take all, every way to mix it with others.
+
+    The regions are merged by the cost model. When there is time to measure, the regions as they were before,
+    and the rest on Inductor instead of PyTorch, are measured beside them.
+    """
+    found = cut(graph, find_executors((native, "eager")), target, remarks)
+    weighed = merged(found, target, effort)
+    candidates = [_compiled(native, weighed, target, remarks, effort)]
+    if effort == "measured" and weighed is not found:
+        name = f"{native} (all that it takes)"
+        candidates.append(_compiled(name, found, target, remarks, effort))
+    if native == "ort" and compile_too and len(found.groups) > 1:
+        mixed = ("ort", "inductor", "eager")
+        candidates.append(_way("ort + inductor", graph, mixed, target, Remarks(), effort))
+    return candidates
+
+
+def _way(
+    name: str, graph: Graph, order: Sequence[str], target: Target, remarks: Remarks, effort: str
+) -> Candidate:
+    found = merged(cut(graph, find_executors(order), target, remarks), target, effort)
+    return _compiled(name, found, target, remarks, effort)
+
+
+def _compiled(name: str, found: Cut, target: Target, remarks: Remarks, effort: str) -> Candidate:
+    candidate = Candidate(name, found.graph, None)
+    first = found.executors[0].name
+    try:
+        plan = compiled(found, target, remarks, effort)
+    except GraphoptError as error:
+        candidate.drop(error.message, remarks)
+        return candidate
+    if plan.steps and first not in {step.executor for step in plan.steps}:
+        able = any(refusals[first] is None for refusals in found.refusals)
+        why = ": handing over to it costs more than it gains" if able else ""
+        candidate.drop(f"{first} runs no part of it{why}", remarks)
+    else:
+        candidate.plan = plan
+    return candidate
+
+
+def _present(names: Sequence[str], target: Target, remarks: Remarks) -> list[Executor]:
+    """The executors of those names but for those that are not there, each with a remark.
+
+    Raises:
+        TargetError: an executor is unknown, or none of them is there.
+    """
+    found = find_executors(names)
+    reasons = {executor.name: absent(executor, target) for executor in found}
+    here = [executor for executor in found if reasons[executor.name] is None]
+    if not here:
+        what = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TargetError(
+            f"no executor that was asked for runs on {target}: {what}",
+            hint="leave executors= out, and the measurement chooses among those that are there",
+        )
+    for executor in found:
+        if executor not in here:
+            _remark_absent(executor.name, reasons[executor.name] or "", remarks)
+    return here
+
+
+def _is_here(name: str, target: Target, remarks: Remarks) -> bool:
+    reason = absent(EXECUTORS[name], target)
+    if reason is not None:
+        _remark_absent(name, reason, remarks)
+    return reason is None
+
+
+def _remark_absent(name: str, reason: str, remarks: Remarks) -> None:
+    remarks.add("missed", "candidates", None, f"{name} is no candidate: {reason}")
+
+
+def _is_worth_compiling(graph: Graph, target: Target) -> bool:
+    """Whether Inductor is tried: on a GPU always, on the CPU where a call takes long.
+
+    Its C++ takes a minute to compile for BERT-base on two cores, whatever is gained by it at a call.
+    """
+    return target.device.type != "cpu" or graph_milliseconds(graph, target.limits) >= _WORTH_COMPILING_MS

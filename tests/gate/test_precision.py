@@ -1,0 +1,76 @@
+"""Models in narrower numbers under the gate: locked, checked by what they may lose, and configured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from graphopt.cli import _subject
+from graphopt.gate import facts
+from tests.gate.conftest import Project, told
+
+LOCK = ("lock", "model:make", "--executors", "eager", "--seconds", "0.1", "--processes", "1", "-q")
+
+
+def locked(project: Project, *args: str) -> dict[str, Any]:
+    """The entry that ``graphopt lock`` writes."""
+    done = project.run(*LOCK, "--max-loss", "0.2", *args)
+    assert done.exit_code == 0, done.output
+    (entry,) = json.loads(project.lock.read_text())["models"].values()
+    return dict(entry)
+
+
+def test_a_precision_is_locked_and_checked(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = locked(project, "--precision", "bf16")
+    assert entry["config"]["precision"] == "bf16"
+    assert entry["facts"]["plan"]["chosen"] == "eager (bf16)"
+    assert entry["facts"]["numerics"]["error"] > 1e-4
+    code, findings = project.check()
+    assert code == 0, findings
+    assert told(findings, "error", "passed")
+    monkeypatch.setattr(_subject, "Subject", lambda **given: replace(facts.Subject(**given), max_loss=1e-5))
+    code, findings = project.check()
+    assert code == 1
+    assert "above the 1e-05 allowed" in told(findings, "error")["message"]
+
+
+def test_pyproject_says_it_where_the_command_line_is_silent(project: Project) -> None:
+    (project.folder / "pyproject.toml").write_text('[tool.graphopt]\nprecision = "bf16"\n')
+    entry = locked(project)
+    assert entry["config"]["precision"] is None
+    assert entry["facts"]["plan"]["chosen"] == "eager (bf16)"
+    assert project.check()[0] == 0
+    assert locked(project, "--force", "--precision", "exact")["facts"]["plan"]["chosen"] == "eager"
+
+
+def test_what_was_measured_to_run_is_what_checks_run(project: Project) -> None:
+    """The exact model was faster when it was locked: no later check takes the narrow one untimed."""
+    locked(project, "--precision", "exact")
+    project.change(lambda entry: entry["config"].update(precision="bf16"))
+    project.change(lambda entry: entry["runs"].update(precision="exact"))
+    code, findings = project.check()
+    assert code == 0, findings
+    project.change(lambda entry: entry["runs"].update(precision=None))
+    assert project.check()[0] == 1
+
+
+def test_bad_precisions_are_told(project: Project) -> None:
+    done = project.run(*LOCK, "--precision", "int3")
+    assert done.exit_code == 2
+    assert "precision='int3' is unknown" in done.output
+    locked(project)
+    for section in ("config", "runs"):
+        project.change(lambda entry, section=section: entry[section].update(precision=8))
+        done = project.run("check", "--no-time")
+        assert done.exit_code == 2
+        assert "does not read" in done.output
+
+
+def test_nothing_may_be_lost_where_the_model_runs_in_its_own_numbers() -> None:
+    config = _subject.Config("model:make")
+    assert _subject._allowed(config, "exact") is None
+    assert _subject._allowed(config, "int8") == 0.04
+    assert _subject._allowed(replace(config, max_loss=0.5), "int8") == 0.5
