@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,31 @@ def _exported(problem: Problem) -> Path:
 
 def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
     """All its own optimizations; after its optimizer of transformers, too; and on a GPU as a CUDA graph."""
-    modes = [Mode("", lambda p: _session(p, _exported(p), _provider(p)))]
+    modes = [Mode("", lambda p: exported_run(p, _exported(p)))]
     if _transformer_type(problem):
-        modes.append(
-            Mode("transformers optimizer", lambda p: _session(p, _transformer_optimized(p), _provider(p)))
-        )
+        modes.append(Mode("transformers optimizer", lambda p: exported_run(p, _transformer_optimized(p))))
     if problem.device.type == "cuda":
-        graphed = [_with_cuda_graph(mode.name) for mode in modes]
-        modes += graphed
+        modes.append(cuda_graph_mode("", _exported))
+        if _transformer_type(problem):
+            modes.append(cuda_graph_mode("transformers optimizer", _transformer_optimized))
     return modes
 
 
-def _with_cuda_graph(name: str) -> Mode:
+def exported_run(problem: Problem, path: Path) -> Run:
+    """A model that was exported, run by ONNX Runtime on the problem's device with all its optimizations."""
+    return _session(problem, path, _provider(problem))
+
+
+def cuda_graph_mode(name: str, export: Callable[[Problem], Path]) -> Mode:
+    """ONNX Runtime's own CUDA graph of an exported model.
+
+    Args:
+        name: of the mode that launches the same model kernel by kernel.
+        export: writes the model, or finds it written.
+    """
+
     def build(problem: Problem) -> Run:
-        path = _transformer_optimized(problem) if name else _exported(problem)
-        return _session(problem, path, _provider(problem, enable_cuda_graph="1"))
+        return _session(problem, export(problem), _provider(problem, enable_cuda_graph="1"))
 
     return Mode(f"{name}, CUDA graph" if name else "CUDA graph", build)
 
