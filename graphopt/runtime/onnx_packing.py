@@ -46,7 +46,7 @@ def pack_projections(model: ir.Model) -> None:
 
 def _projection_of(node: ir.Node) -> _Projection | None:
     """The product that makes an attention's Q, K and V in this order, and nothing else; None if none does."""
-    if node.op_type != "MultiHeadAttention" or node.attributes.get_int("unidirectional", 0):
+    if node.op_type != "MultiHeadAttention" or node.attributes.get_int("unidirectional", False):
         return None  # packed, causality is not supported
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         return None
@@ -113,7 +113,7 @@ def _pack(
     shape = _initializer(graph, f"packed_{found.heads}x3x{found.features}", ir.tensor(sizes))
     apart = ir.node("Reshape", [found.split.inputs[0], shape], metadata_props=dict(attention.metadata_props))
     apart.outputs[0].name = f"{attention.outputs[0].name}_packed"
-    apart.outputs[0].dtype = found.split.outputs[0].dtype
+    apart.outputs[0].type = found.split.outputs[0].type
     graph.insert_before(attention, apart)
     attention.resize_inputs(max(4, len(attention.inputs)))
     for place, value in enumerate((apart.outputs[0], None, None, bias)):
@@ -130,7 +130,10 @@ def _head_by_head(graph: ir.Graph, weight: ir.Value, heads: int) -> ir.Value:
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     if name not in graph.initializers:
         value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         graph.initializers.add(value)
     return graph.initializers[name]
