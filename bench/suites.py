@@ -46,6 +46,7 @@ SUITES: dict[str, Suite] = {
             _case("MiniLM 1x32", "minilm", batch=1, seq=32, device="cpu"),
             _case("MiniLM 8x128", "minilm", batch=8, seq=128, device="cpu"),
             _case("MiniLM 8x128 ragged", "minilm", batch=8, seq=128, lengths="real", device="cpu"),
+            _case("MiniLM 32x128 ragged", "minilm", batch=32, seq=128, lengths="real", device="cpu"),
         ],
         "eager,inductor,onnxruntime,openvino",
     ),

@@ -49,7 +49,8 @@ def test_speed(case: Case, side: str, benchmark: Any) -> None:
     shutil.rmtree(problem.folder)
     model = problem.model
     if side == "graphopt":
-        model = graphopt.optimize(model, problem.args, problem.kwargs)
+        padding = "keep" if case.lengths is None else "remove"
+        model = graphopt.optimize(model, problem.args, problem.kwargs, padding=padding)
     run = eager(model, problem.args, problem.kwargs)
 
     def call() -> None:

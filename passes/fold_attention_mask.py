@@ -154,6 +154,11 @@ def simplify(match: Match, mask: fx.Node) -> Known:
     source = _behind(graph, mask)
     if source is not None and _broadcasts(source.meta["val"], val):
         return simplify(match, source)
+    if mask.op == "call_function" and mask.target is aten.slice.Tensor:
+        whole: Any = mask.args[0]
+        known = simplify(match, whole)  # what it repeats along the rows that are taken stays as it is
+        repeats = known.rest is None or _broadcasts(known.rest.meta["val"], val)
+        return known if repeats and not known.is_causal else Known(mask, False)
     if mask.target in _ANDS and mask.op == "call_function":
         sides: Any = [argument(mask, "self"), argument(mask, "other")]
         if any(side.meta["val"].dtype != torch.bool for side in sides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -161,9 +162,15 @@ class Graph:
         return None
 
     def infer(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The fake value that calling ``target`` on nodes and literals gives."""
+        """The fake value that calling ``target`` on nodes and literals gives.
+
+        A size that depends on values is a symbol of its own. PyTorch otherwise keeps it for the next trace
+        under the same mode to bind, which knows nothing of it and fails (PendingUnbackedSymbolNotFound).
+        """
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
+        sizes = self.fake_mode.shape_env
+        unbound = contextlib.nullcontext() if sizes is None else sizes.ignore_fresh_unbacked_symbols()
+        with unbound, self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             return target(*fake_args, **fake_kwargs)
 
     def call(

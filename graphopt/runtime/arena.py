@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -129,13 +129,19 @@ def planned(graph: Graph) -> list[Planned]:
     symbols = bind(graph.placeholders, [node.meta["val"].shape for node in graph.placeholders])
     own: dict[str, Planned] = {}
     for place, node in enumerate(calls):
-        if spans.get(node.name, (0, len(calls)))[1] == len(calls) or into(node) is None:
+        if spans.get(node.name, (0, len(calls)))[1] == len(calls) or _depends_on_values(node, symbols):
             continue
-        if bytes_of(node.meta["val"], dict.fromkeys(symbols, 1)) is None:
-            continue  # its size depends on values
+        if into(node) is None:
+            continue
         above = takes_over(node, place, spans, roots, own)
         own[node.name] = Planned(node, *spans[node.name], above)
     return list(own.values())
+
+
+def _depends_on_values(node: fx.Node, symbols: Collection[Any]) -> bool:
+    """True when the size of a call's result follows from values of the inputs, not from their shapes."""
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and bytes_of(val, dict.fromkeys(symbols, 1)) is None
 
 
 def arena_for(graph: Graph) -> Arena | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import graphopt
 from graphopt.bench import side
 from graphopt.bench.case import run_case
 from graphopt.bench.inputs import real_only
@@ -165,6 +166,22 @@ def test_ragged_batches_state_their_fill() -> None:
     assert row["lengths"]["kind"] == "real"
     assert len(row["lengths"]["values"]) == 3
     assert row["lengths"]["fill"] == pytest.approx(sum(row["lengths"]["values"]) / 36, abs=1e-3)
+
+
+@pytest.mark.parametrize(("lengths", "padding"), [(None, "keep"), ("real", "remove")])
+def test_padding_is_removed_where_only_real_tokens_are_compared(
+    lengths: str | None, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, optimize = [], graphopt.optimize
+
+    def asking(*args: Any, **options: Any) -> Any:
+        asked.append(options["padding"])
+        return optimize(*args, **options)
+
+    monkeypatch.setattr(graphopt, "optimize", asking)
+    row = measure(Case("zoo:bert", lengths=lengths), bert(), ())
+    assert asked == [padding, padding]  # cold and warm
+    assert "wrong" not in row["sides"][0]
 
 
 def tampered(where: Callable[[torch.Tensor], torch.Tensor]) -> Mode:

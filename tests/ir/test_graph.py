@@ -245,6 +245,14 @@ def test_calls_infer_their_values(graph: Graph) -> None:
         graph.call(aten.reshape.default, (linear, [5, 5]), {}, provenance.of(linear))
 
 
+def test_a_size_that_depends_on_values_is_not_left_for_the_next_trace_to_bind(graph: Graph) -> None:
+    (linear,) = (node for node in graph.calls if node.target is aten.linear.default)
+    with graph.fx.inserting_after(linear):
+        where = graph.call(aten.nonzero.default, (linear,), {}, provenance.of(linear))
+    assert isinstance(where.meta["val"].shape[0], torch.SymInt)
+    assert not shape_env(graph).pending_fresh_unbacked_symbols
+
+
 def test_users_outside(graph: Graph) -> None:
     (split,) = (node for node in graph.calls if node.target is aten.split.Tensor)
     low, high = split.users

@@ -257,6 +257,30 @@ def test_dynamic_padding_as_transformers_reads_it() -> None:
     ran.agrees(randn(1, 3, 9, 8), randn(1, 3, 9, 8, seed=1), padding((7,), 9))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_rows_of_some_queries_say_of_keys_what_all_rows_say(dynamic: bool) -> None:
+    def forward(m, q, k, pad):
+        seq = pad.shape[1]
+        mask = (torch.arange(seq)[:, None] >= 0) & pad.bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(q[:, :, :2], k, k, mask[:, :, :2])
+
+    sizes = {**DYNAMIC, "pad": {0: "batch", 1: "seq"}} if dynamic else None
+    ran = run([*BEFORE, PASS], program(forward), Q, K, PADDING, dynamic=sizes)
+    ((mask, is_causal),) = masks_and_causal(ran)
+    assert mask is not None and mask[1:3] == (1, 1)
+    assert not is_causal
+    ran.agrees(randn(2, 3, S, 8, seed=3), K, PADDING.flip(1))
+
+
+def test_the_rows_of_some_queries_of_a_causal_mask_are_no_causal_mask() -> None:
+    def forward(m, q, k):
+        return F.scaled_dot_product_attention(q[:, :, 1:3], k, k, causal()[1:3])
+
+    ((mask, is_causal),) = masks_and_causal(run([*BEFORE, PASS], program(forward), Q, K))
+    assert mask == (2, S)
+    assert not is_causal
+
+
 def test_one_row_for_all_queries_of_any_number_is_refused() -> None:
     def forward(m, q, k):
         return F.scaled_dot_product_attention(

@@ -86,6 +86,34 @@ def test_the_first_token_is_read_under_a_guard() -> None:
     assert reads_first(ran.graph)
 
 
+def pooled(queries: int, *options):
+    """Attention of the mean of all tokens, as so many queries a sequence."""
+
+    def forward(m, x, mask):
+        heads = x.relu().unflatten(2, (2, 4))
+        query = heads.mean(1, keepdim=True).repeat(1, queries, 1, 1)
+        seen = mask.to(torch.bool).unsqueeze(1).unsqueeze(1)
+        return torch.ops.graphopt.attention(query, heads.exp(), heads.sin(), seen, *options)
+
+    return program(forward)
+
+
+def test_one_query_reads_the_keys_of_real_tokens() -> None:
+    ran = run(PASS, pooled(1), X, MASK).counts(pack_tokens=2, unpack_tokens=2)
+    assert reads_first(ran.graph)  # an empty sequence has no key to attend to
+    ran.agrees(randn(2, 5, 8, seed=2), torch.tensor([[1, 0, 0, 1, 0], [1] * 5]))
+
+
+@pytest.mark.parametrize("options", [(True,), (False, None, None, -1e4)])
+def test_one_query_that_may_read_padding_is_left_alone(options) -> None:
+    """Causal, it sees the first key only; where a score may reach what padding scores, it sees that too."""
+    run(PASS, pooled(1, *options), X, MASK).counts(pack_tokens=0)
+
+
+def test_several_queries_are_left_alone() -> None:
+    run(PASS, pooled(2), X, MASK).counts(pack_tokens=0)
+
+
 def test_a_condition_of_its_own_for_each_feature_is_no_mask() -> None:
     def forward(m, x, seen):
         return torch.where(seen, x, 0.0)

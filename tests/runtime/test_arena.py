@@ -30,6 +30,9 @@ FORMULAS: dict[str, Callable[..., torch.Tensor]] = {
     "cat": lambda x: torch.cat([x.sin(), x.cos()], 1).exp().sum(0),
     "reductions": lambda x: (x.sin().sum(-1, keepdim=True) + x.cos().mean(1, keepdim=True)).sum(0),
     "types": lambda x: ((x.sin() > 0.5).to(torch.int64) + 1).sum(0),
+    "a size that depends on values": lambda x: (
+        torch.ops.graphopt.pack_tokens(x, (x[:, :, 0] > 0).reshape(-1).nonzero().squeeze(1)).exp().sum(1)
+    ),
     "nothing to plan": lambda x: x.sin(),
     "empty": lambda x: torch.cat([x[:, :0].sin(), x[:, :0].cos()], 1).exp().sum(0),
 }
