@@ -62,20 +62,11 @@ def translate(graph: Graph) -> tuple[ir.Model, dict[str, str]]:
     from torch.onnx._internal.exporter import _core
 
     with _quiet():
-        _forget_tried_sizes(graph)
         program = _as_program(graph, _taken_apart(graph))
         found = _core._exported_program_to_onnx_program(program, registry=_exporter().registry)
         convert_version(found.model, OPSET, fallback=True)  # its translations are written for opset 18
     model: ir.Model = found.model
     return model, {n.name: (n.meta.get("custom") or {}).get(_NODE, "") for n in program.graph.nodes}
-
-
-def _forget_tried_sizes(graph: Graph) -> None:
-    """Sizes that depend on values, of nodes that a pass tried and did not keep: tracing would look for them."""
-    for node in (*graph.placeholders, *graph.calls):
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            mode.shape_env.pending_fresh_unbacked_symbols.clear()
 
 
 def has_translation(node: fx.Node) -> bool:
