@@ -79,6 +79,16 @@ SUITES: dict[str, Suite] = {
         ],
         _GPU_PEERS,
     ),
+    "ort": Suite(
+        "BERT-base on a GPU, in float16, in ONNX Runtime: PyTorch's export beside graphopt's",
+        [
+            _case("BERT-base 1x128 in ONNX Runtime", "bert_base", batch=1, seq=128, **_GPU),
+            _case("BERT-base 8x128 in ONNX Runtime", "bert_base", batch=8, seq=128, **_GPU),
+            _case("BERT-base 32x128 in ONNX Runtime", "bert_base", batch=32, seq=128, **_GPU),
+            _case("BERT-base 8x512 in ONNX Runtime", "bert_base", batch=8, seq=512, **_GPU),
+        ],
+        "onnxruntime,graphopt-ort",
+    ),
     "vision": Suite(
         "images of 224 x 224 on a GPU, in float16",
         [

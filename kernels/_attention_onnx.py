@@ -146,7 +146,8 @@ def multi_head(
     if empty is None:
         return out
     empty = op.Unsqueeze(empty, missing) if missing else empty
-    rows = op.Transpose(empty, perm=[0, 2, 1, 3])
+    of_batch = not is_causal and len(mask.shape) >= 3 and list(mask.shape[-3:-1]) == [1, 1]
+    rows = empty if of_batch else op.Transpose(empty, perm=[0, 2, 1, 3])
     zero = op.Constant(value=ir.tensor([0.0], dtype=query.dtype))
     apart = op.Where(rows, zero, op.Reshape(out, [0, 0, query.shape[2], -1]))
     return op.Reshape(apart, [0, 0, -1])
@@ -154,10 +155,14 @@ def multi_head(
 
 def _finite_mask(mask: Value, query: Value, key: Value, is_causal: bool) -> tuple[Any, Any]:
     """A mask like ``additive_mask``'s that is finite, and which of its rows allow no key, (..., 1)."""
-    forbidden = _forbidden(mask, query, key, is_causal)
     low, nothing = (
         op.Constant(value=ir.tensor([number], dtype=query.dtype)) for number in (query.dtype.min / 2, 0.0)
     )
+    if mask.dtype == ir.DataType.BOOL and not is_causal:
+        bias = op.Where(mask, nothing, low)
+        empty = op.Equal(op.ReduceMax(bias, [-1], keepdims=1), low)
+        return _expanded_mask(bias, mask, query, key), empty
+    forbidden = _forbidden(mask, query, key, is_causal)
     bias = op.Where(forbidden, low, nothing if mask.dtype == ir.DataType.BOOL else mask)
     if not is_causal:
         bias = _expanded_mask(bias, mask, query, key)

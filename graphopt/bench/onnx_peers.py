@@ -54,23 +54,33 @@ def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
 
     Where int8 is allowed, both are also quantized on the CPU, as its documentation has it for transformers.
     """
-    modes = [Mode("", lambda p: _session(p, _exported(p), _provider(p)))]
+    modes = [Mode("", lambda p: exported_run(p, _exported(p)))]
     if _transformer_type(problem):
-        modes.append(
-            Mode("transformers optimizer", lambda p: _session(p, _transformer_optimized(p), _provider(p)))
-        )
+        modes.append(Mode("transformers optimizer", lambda p: exported_run(p, _transformer_optimized(p))))
     if problem.device.type == "cuda":
-        graphed = [_with_cuda_graph(mode.name) for mode in modes]
-        modes += graphed
+        modes.append(cuda_graph_mode("", _exported))
+        if _transformer_type(problem):
+            modes.append(cuda_graph_mode("transformers optimizer", _transformer_optimized))
     elif problem.precision == "int8":
         modes += [mode.narrowed("int8", _quantized(_MADE[mode.name])) for mode in modes]
     return modes
 
 
-def _with_cuda_graph(name: str) -> Mode:
+def exported_run(problem: Problem, path: Path) -> Run:
+    """A model that was exported, run by ONNX Runtime on the problem's device with all its optimizations."""
+    return _session(problem, path, _provider(problem))
+
+
+def cuda_graph_mode(name: str, export: Callable[[Problem], Path]) -> Mode:
+    """ONNX Runtime's own CUDA graph of an exported model.
+
+    Args:
+        name: of the mode that launches the same model kernel by kernel.
+        export: writes the model, or finds it written.
+    """
+
     def build(problem: Problem) -> Run:
-        path = _transformer_optimized(problem) if name else _exported(problem)
-        return _session(problem, path, _provider(problem, enable_cuda_graph="1"))
+        return _session(problem, export(problem), _provider(problem, enable_cuda_graph="1"))
 
     return Mode(f"{name}, CUDA graph" if name else "CUDA graph", build)
 

@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 
 from graphopt.bench.onnx_peers import onnxruntime_modes, openvino_modes, tensorrt_provider
+from graphopt.bench.own_peers import graphopt_ort_modes
 from graphopt.bench.peer import Mode, Peer, installed
 from graphopt.bench.torch_peers import eager_modes, inductor_mode, inductor_modes, torch_tensorrt
 from graphopt.errors import InputError
@@ -53,6 +54,7 @@ PEERS: dict[str, Peer] = {
         Peer("inductor", inductor_modes),
         Peer("inductor-max", lambda problem: _one(inductor_mode("max-autotune"))),
         Peer("onnxruntime", onnxruntime_modes, "pip install onnxruntime-gpu", _no_onnxruntime),
+        Peer("graphopt-ort", graphopt_ort_modes, "pip install onnxruntime-gpu", _no_onnxruntime),
         Peer("openvino", openvino_modes, "pip install openvino", _no_openvino),
         Peer(
             "tensorrt",

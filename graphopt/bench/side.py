@@ -218,7 +218,7 @@ def side_of(doing: str) -> str:
     """The key of the peer's side that was being built or run; "" where it was something else."""
     for stage in (BUILD, RUN):
         key = doing.removeprefix(stage)
-        if key != doing and not key.startswith("graphopt"):
+        if key != doing and key.split(" ")[0] != "graphopt":
             return key
     return ""
 

@@ -23,7 +23,7 @@ from graphopt.cli._progress import bar
 from graphopt.errors import InputError
 from graphopt.observe.files import require_folder
 
-_PEERS = "eager, inductor, inductor-max, onnxruntime, openvino, tensorrt"
+_PEERS = "eager, inductor, inductor-max, onnxruntime, graphopt-ort, openvino, tensorrt"
 _WIDTH = 140  # where there is no terminal to ask
 _RECORDED = Path("bench") / "results"
 

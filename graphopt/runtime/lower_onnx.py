@@ -19,6 +19,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, op_name
 from graphopt.ir.tuning import Tuning, spelled
+from graphopt.runtime.onnx_packing import pack_projections
 from graphopt.runtime.onnx_translation import translate
 
 # The residual norms, and which of their inputs is added to the sum. Their last outputs may be left out.
@@ -27,6 +28,9 @@ _BIAS_OF = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
 # Whether the norm adds the bias of a product. The CUDA provider's Gemm copies a bias into its output in a
 # kernel of its own; its residual norms read one on the way.
 _NORM_ADDS_BIAS: dict[Tuning, bool] = {"any": False, "cuda": True}
+
+# Whether attention takes Q, K and V packed, which the CPU's kernel does not.
+_IS_PACKED: dict[Tuning, bool] = {"any": False, "cuda": True}
 
 _TRANSLATED = re.compile(r"%(\w+)")
 
@@ -49,6 +53,8 @@ def to_onnx(graph: Graph) -> ir.Model:
     except Exception as error:
         raise _failed(graph, error) from error
     _simplify(model)
+    if spelled(_IS_PACKED):
+        pack_projections(model)
     _name_inputs(model, graph)
     _strip_unused_outputs(model)
     _share_transposed(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def save(model: ir.Model, place: Path, external_above: int = LARGEST) -> None:
             weights = _put_weights(file, place)
             file.write_beside(draft, weights.name)
         former = _weights_of(place)
+        _on_disk(draft)
         draft.replace(place)
     except BaseException:
         if weights is not None and weights not in _weights_of(place):
@@ -69,10 +71,17 @@ def _hidden(place: Path) -> Path:
     return place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
 
 
+def _on_disk(path: Path) -> None:
+    """Wait until a file is on the disk: renamed earlier, it may be found empty after a power failure."""
+    with path.open("rb+") as file:
+        os.fsync(file)
+
+
 def _put_weights(file: _ModelFile, place: Path) -> Path:
     draft = _hidden(place)
     try:
         digest = file.write_weights(draft)
+        _on_disk(draft)
         return draft.replace(place.with_name(f"{place.name}.{digest[:16]}.data"))
     finally:
         draft.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from graphopt.bench import onnx_peers
+from graphopt.bench import onnx_peers, own_peers
 from graphopt.bench.peer import Problem
 from graphopt.bench.peers import PEERS
 from graphopt.bench.torch_peers import eager_modes, inductor_modes
@@ -99,7 +99,7 @@ class Session:
     made: list[Session]
 
     def __init__(self, path: str, options: Any, providers: list[tuple[str, dict[str, Any]]]) -> None:
-        self.providers, self.bound, self.ran = dict(providers), [], []
+        self.path, self.providers, self.bound, self.ran = path, dict(providers), [], []
         type(self).made.append(self)
 
     def get_providers(self) -> list[str]:
@@ -175,9 +175,29 @@ def test_a_provider_that_does_not_load_is_no_measurement(
     assert sessions[0].ran == []
 
 
+def test_graphopts_export_runs_as_the_peers_export_does(problem: Problem, sessions: list[Session]) -> None:
+    (problem.folder / "graphopt.onnx").touch()  # the export is there
+    run_by_graphopt, export, graphed = PEERS["graphopt-ort"].modes(problem)
+    assert (run_by_graphopt.name, export.name, graphed.name) == ("", "export", "export, CUDA graph")
+    export.build(problem), graphed.build(problem)
+    assert [session.path for session in sessions] == [str(problem.folder / "graphopt.onnx")] * 2
+    assert [session.providers[CUDA].get("enable_cuda_graph") for session in sessions] == [None, "1"]
+
+
+def test_what_onnx_runtime_does_not_run_whole_is_not_measured_as_its_time(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"executor": "ort"}, {"executor": "eager"}]
+    made = SimpleNamespace(plan=SimpleNamespace(rows=lambda: rows))
+    monkeypatch.setattr(own_peers.graphopt, "optimize", lambda *args, **kwargs: made)
+    with pytest.raises(LoweringError, match="a part of the model runs on eager"):
+        PEERS["graphopt-ort"].modes(problem)[0].build(problem)
+
+
 def test_on_a_gpu_the_missing_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [CPU])
     assert PEERS["onnxruntime"].absent(GPU) == "this ONNX Runtime has no CUDA provider"
+    assert PEERS["graphopt-ort"].absent(GPU) == "this ONNX Runtime has no CUDA provider"
     assert PEERS["openvino"].absent(GPU) == "runs on the CPU only"
     assert PEERS["eager"].absent(GPU) is None
 

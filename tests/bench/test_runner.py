@@ -55,16 +55,19 @@ def slowed(clock: Clock, seconds: float) -> Callable[[Problem], Any]:
 
 
 @pytest.mark.parametrize("make", [tiny, bert])
-@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "graphopt-ort", "openvino"])
 def test_peers_compute_what_the_model_computes(name: str, make: Any, tmp_path: Path) -> None:
     if reason := PEERS[name].absent(CPU):
         pytest.skip(f"{name}: {reason}")
     model, args, kwargs = make()
     problem = Problem(model, args, kwargs, CPU, tmp_path)
     modes = PEERS[name].modes(problem)
-    assert [mode.name for mode in modes] == (
-        ["", "transformers optimizer"] if (name, make) == ("onnxruntime", bert) else [""]
-    )
+    more = {
+        ("onnxruntime", bert): ["transformers optimizer"],
+        ("graphopt-ort", tiny): ["export"],
+        ("graphopt-ort", bert): ["export"],
+    }
+    assert [mode.name for mode in modes] == ["", *more.get((name, make), [])]
     with torch.no_grad():
         wanted = model.double()(*args, **kwargs) if make is bert else model.double()(args[0].double())
     model.float()
@@ -236,6 +239,8 @@ def test_a_long_call_is_announced_and_a_short_one_is_not() -> None:
     assert told == ["run a", "run b", "run a", "measure"]
     assert [side.side_of(what) for what in told] == ["a", "b", "a", ""]
     assert side.side_of("build graphopt (ort)") == side.side_of("optimize, cold") == ""
+    assert side.side_of("run graphopt") == side.side_of(f"run {side.AGAIN}") == ""
+    assert side.side_of("build graphopt-ort (export)") == "graphopt-ort (export)"
 
 
 def test_another_dtype_is_judged_by_its_own_rounding() -> None:

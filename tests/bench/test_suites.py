@@ -50,11 +50,11 @@ def test_gpu_suites_say_what_they_need(run: Run) -> None:
     """Both at once, as a machine with a GPU would be asked."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    code, said, _ = run("encoders", "vision", "--dry")
+    code, said, _ = run("encoders", "ort", "vision", "--dry")
     assert code == 2
-    for case in (*SUITES["encoders"].cases, *SUITES["vision"].cases):
+    for case in (case for name in ("encoders", "ort", "vision") for case in SUITES[name].cases):
         assert f"left out: {case.name}: needs a CUDA GPU and a CUDA build of PyTorch" in said
-    assert said.count("nothing to measure here") == 2
+    assert said.count("nothing to measure here") == 3
 
 
 def test_scaling_changes_one_size_at_a_time() -> None:

@@ -83,6 +83,62 @@ def test_the_norm_adds_the_bias_of_the_product_on_cuda() -> None:
             assert (product.op_type, len(product.inputs)) == ("Gemm", 2)
 
 
+# Q, K and V packed
+
+
+class SelfAttention(torch.nn.Module):
+    """One product for Q, K and V, of two heads, and attention to all or to what is allowed."""
+
+    def __init__(self, order: str = "qkv", bias: bool = True, causal: bool = False) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(16, 48, bias=bias)
+        self.order, self.causal = order, causal
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.project(x).split(16, dim=-1)
+        heads = [parts["qkv".index(name)].unflatten(-1, (2, 8)) for name in self.order]
+        return OPS["attention"].overload(*heads, None, self.causal)
+
+
+def self_attention(**given: Any) -> ir.Model:
+    graph, _ = capture_any(SelfAttention(**given).eval(), (torch.randn(3, 8, 16),), None, dynamic=None)
+    with tuned_for("cuda"):
+        return to_onnx(graph)
+
+
+def test_q_k_and_v_of_one_product_stay_packed_on_cuda() -> None:
+    """One kernel takes them apart and adds the bias; Gemm would copy it, and Split copy all three."""
+    model = self_attention()
+    assert sorted(n.op_type for n in model.graph if n.op_type != "Reshape") == ["Gemm", "MultiHeadAttention"]
+    (attention,) = (node for node in model.graph if node.op_type == "MultiHeadAttention")
+    assert attention.inputs[1] is attention.inputs[2] is None
+    assert attention.inputs[3].shape == [48]
+    with tuned_for("cpu"):
+        assert "Split" in {node.op_type for node in to_onnx(bert(False)).graph}
+
+
+def test_a_packed_weight_is_kept_once() -> None:
+    model = self_attention()
+    weights = [value for value in model.graph.initializers.values() if value.shape == [48, 16]]
+    (gemm,) = (node for node in model.graph if node.op_type == "Gemm")
+    assert weights == [gemm.inputs[1]]
+
+
+@pytest.mark.parametrize("given", [{"order": "kqv"}, {"bias": False}, {"causal": True}], ids=str)
+def test_what_the_packed_form_cannot_say_stays_apart(given: dict[str, Any]) -> None:
+    model = self_attention(**given)
+    assert {"Split", "MultiHeadAttention"} <= {node.op_type for node in model.graph}
+
+
+def test_a_mask_costs_a_layer_one_kernel_on_cuda() -> None:
+    """Where for rows without a key; before the layers Cast, Where, Expand, and two that find such rows."""
+    with tuned_for("cuda"):
+        counts = Counter(node.op_type for node in to_onnx(bert(True)).graph)
+    assert {name: counts[name] for name in ("Where", "Expand", "ReduceMax", "Equal", "Transpose", "Not")} == {
+        "Where": 1 + LAYERS, "Expand": 1, "ReduceMax": 1, "Equal": 1, "Transpose": 0, "Not": 0
+    }  # fmt: skip
+
+
 def causal(length: int, keys: int) -> ir.Model:
     query, key = torch.randn(2, length, 4, 8), torch.randn(2, keys, 4, 8)
     return called("attention", query, key, torch.randn(2, keys, 4, 8), None, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import resource
 import subprocess
@@ -184,6 +185,31 @@ def test_the_last_act_may_fail(external_above: int, tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         optimized(2).export_onnx(path, external_above=external_above)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("external_above", [2**31 - 1, 4096])
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    external_above: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    renamed: list[tuple[int, int]] = []
+    real_sync, real_replace = os.fsync, Path.replace
+
+    def fsync(file: Any) -> None:
+        found = os.fstat(file.fileno())
+        synced[found.st_ino] = found.st_size
+        real_sync(file)
+
+    def replace(self: Path, target: Path) -> Path:
+        found = self.stat()
+        renamed.append((found.st_ino, found.st_size))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    optimized().export_onnx(tmp_path / "model.onnx", external_above=external_above)
+    assert len(renamed) == len(content(tmp_path))
+    assert all(synced[inode] == size for inode, size in renamed)
 
 
 def test_the_system_refuses_the_size(tmp_path: Path) -> None:

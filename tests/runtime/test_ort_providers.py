@@ -17,6 +17,7 @@ from graphopt.capture.export import capture_any
 from graphopt.compiler.device import device_limits
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import InputError, TargetError
+from graphopt.runtime import ways
 from graphopt.runtime.executors import EXECUTORS, absent
 from graphopt.runtime.executors.ort import OpenVino, providers
 from graphopt.runtime.executors.ort.providers import CPU, CUDA, OPENVINO, TENSORRT, Provider
