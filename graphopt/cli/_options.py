@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,37 @@ Enable = Annotated[
     list[str] | None, typer.Option(metavar="PASS", help="Run this pass whatever its level. Repeatable.")
 ]
 Disable = Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave this pass out. Repeatable.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Try narrower numbers, too: bf16, fp16, int8. The default is exact."),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="The most that lossy passes or a precision may lose (0.01 is 1 %)."),
+]
+
+
+class PaddingChoice(enum.StrEnum):
+    """What outputs hold where the mask of attention pads."""
+
+    keep = "keep"
+    remove = "remove"
+
+
+class EffortChoice(enum.StrEnum):
+    """What decides between the ways to run the model."""
+
+    measured = "measured"
+    fast = "fast"
+
+
+Padding = Annotated[
+    PaddingChoice,
+    typer.Option(help="Outputs at padded positions: the original's, or zeros, which are not computed."),
+]
+Effort = Annotated[
+    EffortChoice, typer.Option(help="Time the ways to run it, or take the first that is right.")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of made inputs (Hugging Face directories).")]
 Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of made inputs: 128, or the most there may be.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout, all else on stderr.")]

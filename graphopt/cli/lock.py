@@ -42,10 +42,8 @@ def lock(
     level: _options.Level = None,
     enable: _options.Enable = None,
     disable: _options.Disable = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help="Also bf16, fp16 or int8.")] = None,
-    max_loss: Annotated[
-        float | None, typer.Option(min=0.0, help="The most that lossy passes or a precision may lose.")
-    ] = None,
+    precision: _options.Precision = None,
+    max_loss: _options.MaxLoss = None,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
     processes: Annotated[

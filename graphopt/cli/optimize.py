@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
     from graphopt.optimized_model import OptimizedModel
 
 
-class Effort(enum.StrEnum):
-    """What decides between the ways to run the model."""
-
-    measured = "measured"
-    fast = "fast"
-
-
 def optimize(
     spec: _options.Spec,
     output: Annotated[
@@ -44,9 +36,7 @@ def optimize(
         Path | None,
         typer.Option(metavar="FILE", show_default=False, help="Write the whole model as ONNX here."),
     ] = None,
-    portable: Annotated[
-        bool, typer.Option("--portable", help="Write it in ONNX's own operators only, for any runtime.")
-    ] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="In ONNX's own operators only.")] = False,
     target: _options.Target = "auto",
     executors: _options.Executors = None,
     dynamic: _options.DynamicDims = None,
@@ -54,19 +44,10 @@ def optimize(
     level: _options.Level = None,
     enable: _options.Enable = None,
     disable: _options.Disable = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Try narrower numbers, too: bf16, fp16, int8. The default is exact."
-        ),
-    ] = None,
-    max_loss: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="The most that lossy passes or a precision may lose (0.01 is 1 %)."),
-    ] = None,
-    effort: Annotated[
-        Effort, typer.Option(help="Time the ways to run it, or take the first that is right.")
-    ] = Effort.measured,
+    padding: _options.Padding = _options.PaddingChoice.keep,
+    precision: _options.Precision = None,
+    max_loss: _options.MaxLoss = None,
+    effort: _options.Effort = _options.EffortChoice.measured,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
     json: _options.Json = False,
@@ -123,6 +104,7 @@ def optimize(
                 level=passes.level,
                 enable=passes.enable,
                 disable=passes.disable,
+                padding=padding.value,
                 precision=_config.precision(precision),
                 max_loss=max_loss,
                 effort=effort.value,
