@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._onnx import Value, emit, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
@@ -118,6 +119,10 @@ def _cost(
     )
 
 
+# Whether a product may scale as it multiplies, which only ONNX Runtime's own node does.
+_SCALES: dict[Tuning, bool] = {"any": True, "portable": False}
+
+
 def _onnx(
     x: Value,
     weight: Value,
@@ -127,6 +132,8 @@ def _onnx(
     parameter: float = 1.0,
 ) -> Any:
     """MatMulIntegerToFloat, which scales as it multiplies; x is quantized, and corrected for, in plain nodes.
+
+    Where that is not to be had, MatMulInteger and a product with the scale.
 
     At (128, 3072) by 768 the whole takes 1.98 ms, DynamicQuantizeMatMul with its one step for all of x 1.50
     ms, MatMulNBits in 8 bits 6.1 ms and Gemm in float32 more than 6 ms (ONNX Runtime 1.31, one thread of a
@@ -147,7 +154,11 @@ def _onnx(
     codes = op.Sub(op.Round(op.Div(rows, step)), below)
     codes = op.Cast(op.Clip(codes, nothing, op.Constant(value_float=255.0)), to=int(ir.DataType.UINT8))
     one = op.Constant(value_float=1.0)
-    product = emit("MatMulIntegerToFloat", codes, op.Transpose(weight, perm=[1, 0]), one, scale)
+    if spelled(_SCALES):
+        product = emit("MatMulIntegerToFloat", codes, op.Transpose(weight, perm=[1, 0]), one, scale)
+    else:
+        sums = op.MatMulInteger(codes, op.Transpose(weight, perm=[1, 0]))
+        product = op.Mul(op.Cast(sums, to=int(kind)), scale)
     sums = op.Mul(op.ReduceSum(op.Cast(weight, to=int(kind)), last, keepdims=0), scale)
     bias = op.Mul(scale, nothing) if bias is None else bias
     axis = op.Constant(value_ints=[0])

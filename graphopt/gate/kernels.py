@@ -108,7 +108,7 @@ def _identity(launch: Launch) -> str:
 
 def _used(launch: Launch, gpu: Gpu) -> Row:
     try:
-        usage = asdict(compiled(launch, gpu.capability))
+        usage = asdict(compiled(launch, gpu.capability).usage)
     except Exception as error:
         return {"failed": said(error)}
     if usage["shared"] > gpu.shared_memory:

@@ -18,7 +18,8 @@ def test_a_row_says_where_the_time_goes(
     monkeypatch.setattr(compile_time, "CASES", {"llama-2": 2, "llama-99": 99})
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench", "time", "--only", "llama-2", "--threads", "1"])
-    command.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command.main()
     (row,) = (json.loads(line) for line in (tmp_path / "time.jsonl").read_text().splitlines())
     stages = {stage: seconds for stage, seconds in row["seconds"].items() if stage != "all"}
     assert {"capture", "rewrite", "verify", "lower"} <= set(stages)
@@ -34,5 +35,6 @@ def test_a_dry_run_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(compile_time, "CASES", {"llama-1": 1})
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench", "time", "--dry", "--threads", "1"])
-    command.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command.main()
     assert not list(tmp_path.iterdir())

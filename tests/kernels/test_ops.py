@@ -326,7 +326,11 @@ MAIN_NODES = [
     ("conv_activation", "relu", "Conv"),
     ("group_norm_silu", "an image", "InstanceNormalization"),
     ("quantized_linear", "bias", "DequantizeLinear"),
-    ("dynamic_quantized_linear", "bias", "MatMulIntegerToFloat"),
+    (
+        "dynamic_quantized_linear",
+        "bias",
+        {**dict.fromkeys(MULTI, "MatMulIntegerToFloat"), "portable": "MatMulInteger"},
+    ),
     ("masked_mean_pool", "token mask", "MatMul"),
     ("pack_tokens", "a token a sequence", "Gather"),
     ("packed_attention", "three sequences", "Attention"),
