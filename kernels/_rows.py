@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
-from graphopt.kernels._triton import jit, last_contiguous, processors, tl
-from graphopt.kernels._tuning import Config
+from graphopt.kernels._triton import as_rows, jit, last_contiguous, launch, processors, tl
+from graphopt.kernels._tuning import Config, choose
 
 LONGEST = 32768  # elements of a row: 32 float32 registers a thread of 32 warps
 
@@ -57,6 +58,38 @@ def _row_config(together: int, block: int, each: int) -> Config:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least this; 1 for nothing."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def launch_with_residual(
+    kernel: Any,
+    results: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    vectors: tuple[torch.Tensor | None, ...],
+    *numbers: float,
+) -> None:
+    """Start a kernel over the rows of x and of a residual that broadcasts to it.
+
+    Args:
+        kernel: takes pointers of results, x, residual and vectors; rows, x's stride, and the residual's
+            layout as ``broadcast_rows`` says it; the numbers; and D, PERIODIC and the tiles.
+        results: of x's shape, contiguous.
+        x: (..., D).
+        residual: a shape that broadcasts to x's.
+        vectors: (D,), read before the kernel waits for its inputs; None where there is none.
+        numbers: whatever the kernel takes besides.
+    """
+    x_RD = as_rows(x)
+    rows, features = x_RD.shape
+    wide, *layout = broadcast_rows(residual, x.shape)
+    periodic = layout[0] < rows
+    near = tuple(None if v is None else v.contiguous() for v in vectors)
+    dtypes = x.dtype, residual.dtype, *(None if v is None else v.dtype for v in near)
+    configs = row_configs(rows, features, x.device, inputs=2)
+    config = choose(kernel, x.device, (rows, features, *dtypes, periodic), configs)
+    grid = (-(-rows // config.tiles["BLOCK_R"]),)
+    args = (*results, x_RD, wide, *near, rows, x_RD.stride(0), *layout, *numbers)
+    launch(kernel, grid, *args, early=near, D=features, PERIODIC=periodic, **config.options)
 
 
 def broadcast_rows(x: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int, int, int]:

@@ -20,18 +20,16 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._onnx import Value, add_norm
 from graphopt.kernels._rows import (
-    broadcast_rows,
     broadcast_tile,
     centred_and_scaled,
+    launch_with_residual,
     refuse_row,
-    row_configs,
     row_pointers,
     row_tile,
     vector,
 )
 from graphopt.kernels._shape import nbytes, require_floating, require_last_dim, require_residual, total_bytes
-from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
-from graphopt.kernels._tuning import choose
+from graphopt.kernels._triton import jit, refuse, tl, wait_for_all, wait_for_inputs
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor normed, Tensor total)"
@@ -131,16 +129,7 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = x.new_empty(x.shape)
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    x_RD = as_rows(x)
-    rows, features = x_RD.shape
-    wide, *layout = broadcast_rows(residual, x.shape)
-    vectors = tuple(None if v is None else v.contiguous() for v in (weight, bias))
-    constants = {"D": features, "PERIODIC": layout[0] < rows}
-    key = (rows, features, x.dtype, residual.dtype, layout[0] < rows, *(v is not None for v in vectors))
-    config = choose(_add_layer_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
-    grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, total, x_RD, wide, *vectors, rows, x_RD.stride(0), *layout, eps)
-    launch(_add_layer_norm_kernel, grid, *args, early=vectors, **constants, **config.options)
+    launch_with_residual(_add_layer_norm_kernel, (out, total), x, residual, (weight, bias), eps)
     return out, total
 
 

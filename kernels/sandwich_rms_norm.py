@@ -23,10 +23,9 @@ from graphopt.kernels import _onnx as lowering
 from graphopt.kernels import add_rms_norm, rms_norm
 from graphopt.kernels._onnx import Value
 from graphopt.kernels._rows import (
-    broadcast_rows,
     broadcast_tile,
+    launch_with_residual,
     refuse_row,
-    row_configs,
     row_pointers,
     row_tile,
     scaled,
@@ -40,8 +39,7 @@ from graphopt.kernels._shape import (
     require_weight,
     total_bytes,
 )
-from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
-from graphopt.kernels._tuning import choose
+from graphopt.kernels._triton import jit, refuse, tl, wait_for_all, wait_for_inputs
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? next_weight, float eps, float next_eps)"
@@ -153,17 +151,8 @@ def _launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = x.new_empty(x.shape)
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    x_RD = as_rows(x)
-    rows, features = x_RD.shape
-    wide, *layout = broadcast_rows(residual, x.shape)
-    vectors = tuple(None if v is None else v.contiguous() for v in (weight, next_weight))
-    constants = {"D": features, "PERIODIC": layout[0] < rows}
-    dtypes = x.dtype, residual.dtype, *(None if v is None else v.dtype for v in vectors)
-    key = (rows, features, *dtypes, layout[0] < rows)
-    config = choose(_sandwich_rms_norm_kernel, x.device, key, row_configs(rows, features, x.device, inputs=2))
-    grid = (-(-rows // config.tiles["BLOCK_R"]),)
-    args = (out, total, x_RD, wide, *vectors, rows, x_RD.stride(0), *layout, eps, next_eps)
-    launch(_sandwich_rms_norm_kernel, grid, *args, early=vectors, **constants, **config.options)
+    vectors = weight, next_weight
+    launch_with_residual(_sandwich_rms_norm_kernel, (out, total), x, residual, vectors, eps, next_eps)
     return out, total
 
 
