@@ -97,6 +97,7 @@ def _norms() -> Iterator[Case]:
         yield Case("add_layer_norm", of, add_layer)
         yield Case("rms_norm", of, rms)
         yield Case("add_rms_norm", of, add_rms)
+        yield Case("add_layer_norm_quantize", of, add_layer)
         if rows in (1024, 16384):  # the same rows once more, and another order of sum and norm
             yield Case("layer_norm_add", of, add_layer)
             yield Case("rms_norm_add", of, add_rms)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bench.kernel_cases import Case
+from graphopt.kernels.quantize_rows import OP as QUANTIZE_ROWS
 
 Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
@@ -19,6 +20,11 @@ def products() -> Iterator[Case]:
         yield Case("linear_activation", f"{rows}x768 to 3072, GELU", _linear(rows, 768, 3072, "gelu"))
         for depth in (768, 3072):
             yield Case("linear_add_layer_norm", f"{rows}x{depth} to 768", _normed(rows, depth, 768))
+    for rows in (128, 4096):
+        for depth in (768, 3072):
+            yield Case("quantize_rows", f"{rows}x{depth}", _rows(rows, depth))
+        yield Case("float8_linear", f"{rows}x768 to 3072, GELU", _float8(rows, 768, 3072, "gelu"))
+        yield Case("float8_linear", f"{rows}x3072 to 768", _float8(rows, 3072, 768, "none"))
     for rows in (16, 128, 4096):
         yield Case("gated_mlp", f"{rows}x2048 to 5632", _gated(rows, 2048, 5632))
     for batch, length, masked in ((1, 128, False), (8, 128, True), (32, 512, True), (64, 197, False)):
@@ -32,6 +38,20 @@ def _linear(rows: int, depth: int, features: int, activation: str) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         draw = _drawn(device, dtype)
         return draw(rows, depth), draw(features, depth) / depth**0.5, draw(features), activation
+
+    return make
+
+
+def _rows(rows: int, depth: int) -> Make:
+    return lambda device, dtype: (_drawn(device, dtype)(rows, depth),)
+
+
+def _float8(rows: int, depth: int, features: int, activation: str) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = _drawn(device, dtype)
+        weight, scale = QUANTIZE_ROWS(draw(features, depth) / depth**0.5)
+        x = QUANTIZE_ROWS(draw(rows, depth))
+        return *x, weight, scale.squeeze(1), dtype, draw(features), activation
 
     return make
 

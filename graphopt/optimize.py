@@ -76,14 +76,16 @@ def optimize(
         enable: passes to run although their level is higher, by exact name; those that lose something run
             only so, and only with ``max_loss``.
         disable: passes to leave out, by exact name.
-        precision: ``"bf16"``, ``"fp16"`` or ``"int8"`` also tries the model in narrower numbers, as far as
-            ``max_loss`` allows, and takes that where it is faster; ``"exact"`` does not.
+        precision: ``"bf16"``, ``"fp16"``, ``"fp8"`` (on GPUs) or ``"int8"`` (on CPUs) also tries the model in
+            narrower numbers, as far as ``max_loss`` allows, and takes that where it is faster; ``"exact"``
+            does not.
         padding: what outputs hold at padded positions, which the mask of attention tells: ``"keep"``, what
             the original computes there; ``"remove"``, zeros. What no output needs is not computed for padded
             positions in either case, where that is the fastest on the example inputs: give some that are
             padded as later ones will be.
         max_loss: the most that lossy passes may lose on the example inputs, as ``metric`` has it. With a
-            ``precision`` and no ``metric`` it has a default: 0.03 for bf16, 0.01 for fp16, 0.04 for int8.
+            ``precision`` and no ``metric`` it has a default: 0.03 for bf16, 0.01 for fp16, 0.06 for fp8, 0.04
+            for int8.
         metric: called with the original's flat outputs and the rewritten model's, returns the loss; the
             largest relative distance in the 2-norm by default.
         effort: ``"measured"`` times the candidates on the example inputs; ``"fast"`` takes the first that is

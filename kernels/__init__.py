@@ -2,11 +2,13 @@
 
 from graphopt.kernels import (
     add_layer_norm,
+    add_layer_norm_quantize,
     add_rms_norm,
     attention,
     conv_activation,
     dynamic_quantized_linear,
     embedding_layer_norm,
+    float8_linear,
     gated_mlp,
     group_norm_silu,
     grouped_gated_mlp,
@@ -18,6 +20,7 @@ from graphopt.kernels import (
     pack_tokens,
     packed_attention,
     pointwise,
+    quantize_rows,
     quantized_linear,
     quick_gelu,
     rms_norm,
@@ -29,11 +32,13 @@ from graphopt.kernels import (
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_quantize",
     "add_rms_norm",
     "attention",
     "conv_activation",
     "dynamic_quantized_linear",
     "embedding_layer_norm",
+    "float8_linear",
     "gated_mlp",
     "group_norm_silu",
     "grouped_gated_mlp",
@@ -45,6 +50,7 @@ __all__ = [
     "pack_tokens",
     "packed_attention",
     "pointwise",
+    "quantize_rows",
     "quantized_linear",
     "quick_gelu",
     "rms_norm",

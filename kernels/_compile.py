@@ -20,6 +20,7 @@ from graphopt.kernels._triton import WITH_PDL, Launch, triton
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.float32: "*fp32",
     torch.bool: "*i1",
     torch.int8: "*i8",

@@ -65,6 +65,7 @@ from graphopt.passes import (
     prune_zero_channels,
     prune_zero_heads,
     prune_zero_layers,
+    quantize_linear_fp8,
     quantize_linear_int8,
     remove_dead_code,
     remove_noops,
@@ -165,6 +166,7 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(quantize_linear_int8.PASS, "on request: of what is fused, so that activations are epilogues"),
     Entry(cast_to_bfloat16.PASS, "on request: behind quantization, of what that left in float32"),
     Entry(cast_to_float16.PASS, "likewise"),
+    Entry(quantize_linear_fp8.PASS, "on request: behind the casts, of projections in half precision"),
     Entry(remove_dead_code.PASS, "last: what the others left behind"),
 )
 

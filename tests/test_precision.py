@@ -17,8 +17,9 @@ from graphopt.compiler import cpu
 from graphopt.compiler.lossy import relative_distance
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import InputError, TargetError
+from graphopt.kernels._triton import Gpu, standing_in_for
 from graphopt.observe.report import Report
-from graphopt.passes import quantize_linear_int8
+from graphopt.passes import quantize_linear_fp8, quantize_linear_int8
 from graphopt.runtime import candidates, executors, ways
 from graphopt.runtime.candidates import Candidate
 from graphopt.runtime.executors.eager import Eager, EagerProgram
@@ -84,6 +85,43 @@ def test_it_runs_within_its_default_loss(name: str, executor: str) -> None:
     assert share < (0.3 if name == "int8" else 0.51)
     assert f"the model in {name}, at a loss of" in found.report.verdict
     assert found.report.to_dict()["precision"] == name
+
+
+def in_float8(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, *inputs: torch.Tensor, max_loss: float
+) -> Any:
+    """Optimized with the CPU in the place of a GPU, by the passes of ``precision="fp8"``."""
+    monkeypatch.setattr(quantize_linear_fp8, "quantizing_us", lambda *_: -1.0)
+    passes = precision.passes_of("fp8")
+    with standing_in_for(Gpu((9, 0), 132, 232448)):
+        return graphopt.optimize(
+            model, inputs, enable=passes, max_loss=max_loss, executors=("eager",), effort="fast"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_float8_within_its_default_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model in float32 the rest goes in bfloat16."""
+    model = randomised(Network()).eval().to(dtype)
+    found = in_float8(monkeypatch, model, X.to(dtype), max_loss=precision.PRECISIONS["fp8"].max_loss)
+    assert found.report.rewrites_by_pass()["quantize_linear_fp8"] == 2
+    assert found.report.ops_after["graphopt.float8_linear"] == 2
+    casts = {
+        row.shape.split(" ")[0] for row in found.report.graph_after if row.op == "graphopt.float8_linear"
+    }
+    assert casts == {"float16" if dtype == torch.float16 else "bfloat16"}
+    assert 0.01 < found.report.loss <= 0.06
+    assert found(X.to(dtype)).dtype == dtype
+    with torch.no_grad():
+        assert relative_distance([model(X.to(dtype))], [found(X.to(dtype))]) <= 0.06
+
+
+def test_a_layer_stays_wide_where_both_lose_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(Network()).eval().half()
+    found = in_float8(monkeypatch, model, X.half(), max_loss=0.04)
+    assert found.report.ops_after["graphopt.float8_linear"] == 1
+    (reason,) = reasons(found.report, "quantize_linear_fp8")
+    assert reason.startswith("kept as it was: alone it loses 0.0")
 
 
 def test_exact_is_the_default() -> None:
@@ -303,15 +341,20 @@ def test_casts_between_products_are_gone() -> None:
 def test_unknown_and_impossible_precisions() -> None:
     with pytest.raises(InputError, match="precision='int3' is unknown") as error:
         optimized("int3")
-    assert "bf16, fp16, int8" in str(error.value)
+    assert "bf16, fp16, fp8, int8" in str(error.value)
     with pytest.raises(TargetError, match="'fp8' is for GPUs, and the target is cpu"):
         optimized("fp8")
     gpu = Target(torch.device("cuda:0"))
     with pytest.raises(TargetError, match="'int8' is for CPUs, and the target is cuda:0"):
         precision.require_possible("int8", gpu)
-    with pytest.raises(TargetError, match="'fp8' is not there yet"):
-        precision.require_possible("fp8", gpu)
     precision.require_possible("bf16", gpu)
+    for capability, possible in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        with standing_in_for(Gpu(capability, 132, 232448)):
+            if possible:
+                precision.require_possible("fp8", gpu)
+                continue
+            with pytest.raises(TargetError, match=r"8\.9 or later, and cuda:0 is sm_80"):
+                precision.require_possible("fp8", gpu)
 
 
 def test_the_processor_is_named() -> None:

@@ -50,7 +50,9 @@ Enable = Annotated[
 Disable = Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave this pass out. Repeatable.")]
 Precision = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Try narrower numbers, too: bf16, fp16, int8. The default is exact."),
+    typer.Option(
+        metavar="NAME", help="Try narrower numbers, too: bf16, fp16, fp8, int8. The default is exact."
+    ),
 ]
 MaxLoss = Annotated[
     float | None,

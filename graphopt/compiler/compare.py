@@ -65,6 +65,8 @@ def _compare_leaf(before: Any, after: Any, reference: Any, *, floor_ulps: float)
         return _wrong(f"{count} values differ") if count else Comparison(0.0, 0.0, True)
     if before.numel() == 0:
         return Comparison(0.0, 0.0, True)
+    if before.dtype.itemsize == 1:  # float8, which nothing computes in
+        before, after, floor_ulps = before.float(), after.float(), _CODES / torch.finfo(torch.float32).eps
     # where float64 has no finite value, or none of this shape, there is only the original to compare with
     if reference.shape != before.shape:
         reference = before
@@ -128,6 +130,7 @@ def relative_error(
         The error; 0 when no position counts. Deviations below the dtype's smallest normal number do not
         count: a device may flush them to zero.
     """
+    actual = actual.float() if actual.dtype.itemsize == 1 else actual  # of float8 there are codes alone
     info = torch.finfo(actual.dtype)
     counted = torch.isfinite(reference) & torch.isfinite(actual)
     if besides is not None:
@@ -153,6 +156,9 @@ def _rows(values: torch.Tensor) -> torch.Tensor:
 _BLOCK = 2**18  # numbers: 2 MiB in float64
 _MIN_ROW = 16  # values of order 1 of which none is near 1: not once in a million rows
 _FILL = 0.25  # of the largest number of a dtype: what is larger is a mask's fill, not a value
+_CODES = (
+    0.08  # of a row's largest: what is half way between two float8 may come out as either, 32 of 448 apart
+)
 
 
 def worst_error(actual: Sequence[Any], reference: Sequence[Any]) -> float:

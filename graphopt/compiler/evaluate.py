@@ -90,8 +90,11 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _rounded(value: Any, noise: torch.Generator) -> Any:
-    """A value with each number moved by up to half a unit in the last place; infinities and fills stay."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    """A value with each number moved by up to half a unit in the last place; infinities and fills stay.
+
+    So do codes of a byte, which are rounded as far as can be.
+    """
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype.itemsize == 1:
         return value
     info = torch.finfo(value.dtype)
     draw = torch.rand(value.shape, generator=noise, dtype=torch.float64).sub_(0.5).to(value.device)

@@ -16,9 +16,11 @@ from graphopt.kernels import (
     add_layer_norm,
     attention,
     conv_activation,
+    float8_linear,
     linear_activation,
     linear_add_layer_norm,
 )
+from graphopt.kernels._activations import TORCH
 from graphopt.kernels._aten import triton_face
 
 aten = torch.ops.aten
@@ -84,6 +86,9 @@ def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iter
     elif target is linear_add_layer_norm.OP.overload:
         if _norm_fits(*args):
             yield "cublas + triton", _linear_then_norm
+    elif target is float8_linear.OP.overload:
+        if _scaled_fits(*args, **kwargs):
+            yield "cublaslt", _scaled_product
     elif target is conv_activation.OP.overload:
         if _convolution_fits(*args, **kwargs):
             yield "cudnn", _convolution_relu
@@ -154,6 +159,42 @@ def _linear_then_norm(
     face = add_layer_norm.OP.triton
     assert face is not None
     return face.launch(F.linear(x, weight_DK, bias_D), residual, norm_weight_D, norm_bias_D, eps)
+
+
+def _scaled_fits(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+) -> bool:
+    """CuBLASLt scales rows in float32, wants sizes of whole 16 bytes, and a bias of the result's own type."""
+    sizes = not any(size % 16 for size in weight.shape) and codes.is_cuda
+    scales = scale.dtype == weight_scale.dtype == torch.float32
+    return sizes and scales and dtype in _HALF and (bias is None or bias.dtype == dtype)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _scaled_product(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight_NK: torch.Tensor,
+    weight_scale_N: torch.Tensor,
+    dtype: torch.dtype,
+    bias_N: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+) -> torch.Tensor:
+    """The second factor is the weight transposed, column by column in memory as cuBLASLt wants it."""
+    codes_MK = codes.reshape(-1, codes.shape[-1])
+    scales = scale.reshape(-1, 1), weight_scale_N.unsqueeze(0)
+    out_MN = torch._scaled_mm(codes_MK, weight_NK.t(), *scales, bias=bias_N, out_dtype=dtype)
+    return TORCH[activation](out_MN, parameter).view(*codes.shape[:-1], weight_NK.shape[0])
 
 
 def _convolution_fits(

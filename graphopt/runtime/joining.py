@@ -1,4 +1,4 @@
-"""Ops that only a GPU's kernels have as one: a projection with the sum and the norm that follow it.
+"""Ops that only a GPU's kernels have as one: a norm with the projection ahead of it, or the codes behind it.
 
 Passes make what every executor gains from. This pays on a GPU alone (ONNX Runtime would get the parts again),
 and there only where it is measured to.
@@ -6,6 +6,7 @@ and there only where it is measured to.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 
 from graphopt.ir import provenance
 from graphopt.ir.graph import Graph
-from graphopt.kernels import add_layer_norm, linear_add_layer_norm
+from graphopt.kernels import add_layer_norm, add_layer_norm_quantize, linear_add_layer_norm, quantize_rows
 
 aten = torch.ops.aten
 
@@ -21,11 +22,13 @@ aten = torch.ops.aten
 def joined(graph: Graph) -> Graph:
     """A copy of a graph with ``add_layer_norm(linear(x), residual)`` as one op.
 
-    The projection must have no other reader. The new node has the norm's name and place in the user's source.
+    The projection must have no other reader. A norm that is quantized is one op with that instead: then its
+    rows are read once less, which is more than the projection's kernel saves. The new node has the norm's
+    name and place in the user's source.
     """
     copy = graph.clone()
     for node in copy.calls:
-        if node.target is add_layer_norm.OP.overload:
+        if node.target is add_layer_norm.OP.overload and not _join_codes(copy, node):
             _join(copy, node)
     copy.module.recompile()
     return copy
@@ -51,3 +54,26 @@ def _join(graph: Graph, norm: fx.Node) -> None:
         graph.fx.erase_node(linear)
         made.name = norm.name
         return
+
+
+def _join_codes(graph: Graph, norm: fx.Node) -> bool:
+    """Let a norm make its codes, too; False where nobody asks for them."""
+    normed = [part for part in norm.users if part.args[1:] == (0,)]
+    asked = (user for part in normed for user in part.users if user.target is quantize_rows.OP.overload)
+    rows = next(asked, None)
+    if rows is None:
+        return False
+    with graph.fx.inserting_before(norm):
+        place = provenance.merge(norm, (norm, rows))
+        made = graph.call(add_layer_norm_quantize.OP.overload, norm.args, {}, place)
+    parts = [part for part in rows.users if part.target is operator.getitem]
+    for part in parts:
+        part.args = (made, _CODES + part.args[1])
+    norm.replace_all_uses_with(made)
+    graph.fx.erase_node(rows)
+    graph.fx.erase_node(norm)
+    made.name = norm.name
+    return True
+
+
+_CODES = 2  # the place of the codes among the results, and behind them that of their scale

@@ -8,6 +8,7 @@ from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, TargetError
 from graphopt.ir.graph import Graph
+from graphopt.kernels.float8_linear import OP as FLOAT8_LINEAR
 from graphopt.runtime.candidates import Candidate, Judge
 from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
@@ -83,6 +84,8 @@ def narrowed_candidates(
         ways = [("onednn",), ("ort",), ("eager",)]
         if effort == "measured" and _is_worth_compiling(graph, target):
             ways.insert(1, ("inductor",))
+    elif any(node.target is FLOAT8_LINEAR.overload for node in graph.calls):
+        ways = [("cuda", "eager"), ("eager",)]  # Inductor sees the reference, which multiplies in float32
     else:
         ways = [("cuda", "eager"), ("inductor", "eager"), ("eager",)]
     candidates = []

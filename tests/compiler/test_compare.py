@@ -159,3 +159,12 @@ def test_large_tensors_are_compared_in_parts_to_the_same_end(monkeypatch: pytest
     assert not whole.ok and whole.error_after == relative_error(after, reference) > 1e-4
     after[0, 0, 0], after[6, 4, 32] = INF, NAN
     assert "2 values are finite on one side" in compare(before, after, reference, FLOOR).reason
+
+
+def test_codes_of_a_byte_may_be_a_step_apart_and_no_more() -> None:
+    before = torch.tensor([[448.0, 416.0, -3.5, 0.25] * 4]).to(torch.float8_e4m3fn)
+    for largest, near, ok in ((416.0, 448.0, True), (384.0, 416.0, False), (448.0, NAN, False)):
+        after = torch.tensor([[largest, near, -3.5, 0.25] * 4]).to(torch.float8_e4m3fn)
+        assert judge(before, after, before.double()).ok is ok
+    assert judge(before, before.clone(), before.double()) == Comparison(0.0, 0.0, True)
+    assert not judge(before, before.float(), before.double()).ok

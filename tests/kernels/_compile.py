@@ -10,19 +10,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensorMode
 
 from bench.kernel_cases import cases
 from bench.product_cases import products as product_cases
+from graphopt.kernels import _float8_triton
 from graphopt.kernels._compile import compiled
+from graphopt.kernels._float8_configs import float8_configs
+from graphopt.kernels._float8_triton import WITH_FLOAT8, float8_product
 from graphopt.kernels._linear_configs import Chip, linear_configs
 from graphopt.kernels._linear_triton import products
 from graphopt.kernels._triton import WITH_PDL, Launch, recorded_launches
+from graphopt.kernels._tuning import Config
+from graphopt.kernels.quantize_rows import OP as QUANTIZE_ROWS
 from tests.kernels._dependence import hazards
 
 RECORDED = Path(__file__).parent / "compiled.json"
@@ -45,12 +52,22 @@ def every(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
                 if only and launch.kernel.__name__ not in only:
                     continue
                 for target, capability in TARGETS.items():
+                    if multiplies_float8(launch) and capability < WITH_FLOAT8:
+                        continue
                     found[f"{launch.kernel.__name__}, {case.shape}, {target}"] = facts(launch, capability)
     with FakeTensorMode():
-        for name, launch in by_tma() if not only or "_linear_tma_kernel" in only else ():
+        for name, launch in (*by_tma(), *float8_by_tma()):
+            if only and launch.kernel.__name__ not in only:
+                continue
             for target in ("sm_90", "sm_100"):
                 found[f"{name}, {target}"] = facts(launch, TARGETS[target])
     return found
+
+
+def multiplies_float8(launch: Launch) -> bool:
+    """Whether a kernel takes or makes float8, for which older GPUs have no instructions."""
+    given = (x for x in launch.args if isinstance(x, torch.Tensor))
+    return any(x.dtype == torch.float8_e4m3fn for x in given)
 
 
 def facts(launch: Launch, capability: tuple[int, int]) -> dict[str, Any]:
@@ -67,6 +84,27 @@ def by_tma() -> Iterator[tuple[str, Launch]]:
         with recorded_launches() as launches:
             products(x, weight, config, bias, "gelu")
         yield f"_linear_tma_kernel, {M}x{K} to {N}", launches[0]
+
+
+def float8_by_tma() -> Iterator[tuple[str, Launch]]:
+    """Products of float8 rows likewise, in every tile that may be chosen."""
+    for M, N, K in ((128, 768, 3072), (4096, 3072, 768)):
+        x, weight = QUANTIZE_ROWS(torch.randn(M, K)), QUANTIZE_ROWS(torch.randn(N, K))
+        args = *x, weight[0], weight[1].squeeze(1), torch.float16, torch.randn(N).half(), "gelu"
+        for config in float8_configs(M, N, 2, Chip(132, 232448), True):
+            if not config.tiles["TMA"]:
+                continue
+            with recorded_launches() as launches, forced(config):
+                float8_product(*args)
+            tiles = "x".join(str(config.tiles[f"BLOCK_{letter}"]) for letter in "MNK")
+            yield f"_float8_tma_kernel, {M}x{K} to {N} by {tiles}, {config.num_stages} stages", launches[0]
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Let float8 products be launched with this configuration inside the block."""
+    with mock.patch.object(_float8_triton, "choose", return_value=config):
+        yield
 
 
 if __name__ == "__main__":
