@@ -6,14 +6,13 @@ and there only where it is measured to.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.ir import provenance
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, is_getitem
 from graphopt.kernels import add_layer_norm, add_layer_norm_quantize, linear_add_layer_norm, quantize_rows
 
 aten = torch.ops.aten
@@ -61,14 +60,14 @@ def _join_codes(graph: Graph, norm: fx.Node) -> bool:
     normed = [part for part in norm.users if part.args[1:] == (0,)]
     asked = (user for part in normed for user in part.users if user.target is quantize_rows.OP.overload)
     rows = next(asked, None)
-    if rows is None:
+    if rows is None or not all(map(is_getitem, rows.users)):
         return False
     with graph.fx.inserting_before(norm):
         place = provenance.merge(norm, (norm, rows))
         made = graph.call(add_layer_norm_quantize.OP.overload, norm.args, {}, place)
-    parts = [part for part in rows.users if part.target is operator.getitem]
-    for part in parts:
-        part.args = (made, _CODES + part.args[1])
+    for part in list(rows.users):
+        index: Any = part.args[1]
+        part.args = (made, _CODES + index)
     norm.replace_all_uses_with(made)
     graph.fx.erase_node(rows)
     graph.fx.erase_node(norm)
