@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import add_layer_norm, quantize_rows
 from graphopt.kernels._float8_triton import quantized, refuse_float8
-from graphopt.kernels._onnx import Value
+from graphopt.kernels._onnx import Value, add_norm, op, typed
 from graphopt.kernels._rows import (
     broadcast_tile,
     centred_and_scaled,
@@ -160,10 +161,25 @@ def _refuses(
 
 
 def _onnx(x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float) -> Any:
-    """The two one after the other; codes are of the rounded norm here."""
-    normed, total = add_layer_norm.OP.onnx(x, residual, weight, bias, eps)
-    normed.dtype = x.dtype
-    return normed, total, *quantize_rows.OP.onnx(normed)
+    """The two one after the other, in float32: codes are of the norm before it is rounded."""
+    given, kind = (x.dtype, residual.dtype), ir.DataType.FLOAT
+    wide = [None if v is None else _wide(v) for v in (x, residual, weight, bias)]
+    normed, total = add_norm("SkipLayerNormalization", *wide, eps)
+    normed.dtype = kind
+    codes, scale = quantize_rows.OP.onnx(normed)
+    if given[0] != kind:
+        normed = op.Cast(normed, to=int(given[0]))
+    if kind not in given:
+        total = op.Cast(total, to=int(given[0]))
+    return normed, total, codes, scale
+
+
+def _wide(x: Value) -> Any:
+    if x.dtype == ir.DataType.FLOAT:
+        return x
+    found = typed(op.Cast(x, to=int(ir.DataType.FLOAT)), x)
+    found.dtype = ir.DataType.FLOAT
+    return found
 
 
 def _samples() -> Iterator[Sample]:
