@@ -23,8 +23,8 @@ from graphopt.passes._projections import (
 
 _MIN_WEIGHTS = 4096
 # How much of a feature's size goes from x into the weight; 0 is none of it, 1 all. Of the trained MiniLM with
-# every product quantized, outputs on other inputs than those of calibration are 17 % off with 0.5, 8 % with 0.7,
-# 9 % with 0.85 and 15 % with 1; without factors 17 %.
+# every product quantized, outputs are 17 % off with 0.5, 8 % with 0.7, 9 % with 0.85, 15 % with 1, and 17 %
+# without factors; on other inputs than those of calibration.
 _MIGRATION = 0.75
 
 
