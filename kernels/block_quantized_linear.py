@@ -129,7 +129,7 @@ def dequantized(weight_NBC: torch.Tensor, scale_NB: torch.Tensor, bits: int, fea
 
 def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
     """Rows as 8 bits hold them, with a step for each block: (..., K)."""
-    filled = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
+    filled: torch.Tensor = F.pad(x, (0, -x.shape[-1] % block)).unflatten(-1, (-1, block))
     step = filled.abs().amax(-1, keepdim=True) / 127
     codes = (filled / torch.where(step == 0, 1.0, step)).round_()
     return codes.mul_(step).flatten(-2)[..., : x.shape[-1]]
@@ -182,8 +182,15 @@ def _onnx(
     rows, _, width = map(_number, weight.shape)
     if spelled(_TAKES_BLOCKS):
         inputs = (x, weight, scale) if bias is None else (x, weight, scale, None, None, bias)
-        sizes = {"K": features, "N": rows, "bits": bits, "block_size": width * 8 // bits}
-        out = emit("MatMulNBits", *inputs, **sizes, accuracy_level=_INTEGERS if rounds_input else 1)
+        out = emit(
+            "MatMulNBits",
+            *inputs,
+            K=features,
+            N=rows,
+            bits=bits,
+            block_size=width * 8 // bits,
+            accuracy_level=_INTEGERS if rounds_input else 1,
+        )
     else:
         out = linear(x, _dequantized(weight, scale, bits, features), bias)
     out.dtype = kind  # what is computed has no type yet, and activations ask

@@ -72,19 +72,19 @@ def _rounded(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     half = 2 ** (bits - 1)
     at = blocks.abs().argmax(-1, keepdim=True)
     extreme = blocks.gather(-1, at)
-    best = None
-    for shrink in _SHRINKS if bits == 4 else (1.0,):
-        scale = -shrink * extreme / half
-        scale = torch.where(scale == 0, 1.0, scale)
-        codes = (blocks / scale).round_().clamp_(-half, half - 1)
-        error = (codes * scale - blocks).square_().sum(-1, keepdim=True)
-        if best is None:
-            best = error, codes, scale
-        else:
-            less = error < best[0]
-            best = tuple(
-                torch.where(less, new, old) for new, old in zip((error, codes, scale), best, strict=True)
-            )
-    assert best is not None
-    _, codes, scale = best
+    least, codes, scale = _tried(blocks, -extreme / half, half)
+    for shrink in _SHRINKS if bits == 4 else ():
+        error, other_codes, other_scale = _tried(blocks, -shrink * extreme / half, half)
+        less = error < least
+        least = torch.where(less, error, least)
+        codes, scale = torch.where(less, other_codes, codes), torch.where(less, other_scale, scale)
     return (codes + half).to(torch.uint8), scale.squeeze(-1).contiguous()
+
+
+def _tried(
+    blocks: torch.Tensor, scale: torch.Tensor, half: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The squared error of a scale for each block, the codes that it gives, and the scale."""
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = (blocks / scale).round_().clamp_(-half, half - 1)
+    return (codes * scale - blocks).square_().sum(-1, keepdim=True), codes, scale

@@ -59,9 +59,8 @@ def source(node: fx.Node) -> fx.Node:
 def projections(node: fx.Node) -> list[Projection]:
     """The products of a node, the gate first."""
     if node.target is GATED_MLP.overload:
-        gate = Projection(
-            *(argument(node, f"gate_{n}") for n in ("weight", "bias")), argument(node, "activation")
-        )
+        weight, bias = argument(node, "gate_weight"), argument(node, "gate_bias")
+        gate = Projection(weight, bias, argument(node, "activation"))
         return [gate, Projection(argument(node, "up_weight"), argument(node, "up_bias"))]
     plain = Projection(argument(node, "weight"), argument(node, "bias"))
     if node.target is aten.linear.default:
