@@ -163,8 +163,8 @@ def _refuses(
 def _onnx(x: Value, residual: Value, weight: Value | None, bias: Value | None, eps: float) -> Any:
     """The two one after the other, in float32: codes are of the norm before it is rounded."""
     given, kind = (x.dtype, residual.dtype), ir.DataType.FLOAT
-    wide = [None if v is None else _wide(v) for v in (x, residual, weight, bias)]
-    normed, total = add_norm("SkipLayerNormalization", *wide, eps)
+    x, residual, weight, bias = (None if v is None else _wide(v) for v in (x, residual, weight, bias))
+    normed, total = add_norm("SkipLayerNormalization", x, residual, weight, bias, eps)
     normed.dtype = kind
     codes, scale = quantize_rows.OP.onnx(normed)
     if given[0] != kind:

@@ -51,7 +51,8 @@ Disable = Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave t
 Precision = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Try narrower numbers, too: bf16, fp16, fp8, int8. The default is exact."
+        metavar="NAME",
+        help="Also try bf16, fp16, fp8, int8, int8-static, int8-weights or int4. The default is exact.",
     ),
 ]
 MaxLoss = Annotated[

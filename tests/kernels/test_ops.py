@@ -355,6 +355,13 @@ MAIN_NODES = [
     ("add_layer_norm_quantize", "weight and bias", NORM),
     ("quantize_rows", "three dimensions", "ReduceMax"),
     ("float8_linear", "bias", "MatMul"),
+    ("block_quantized_linear", "4 bits, bias", {**dict.fromkeys(MULTI, "MatMulNBits"), "portable": "Gemm"}),
+    (
+        "static_quantized_linear",
+        "bias",
+        {**dict.fromkeys(MULTI, "MatMulIntegerToFloat"), "portable": "MatMulInteger"},
+    ),
+    ("quantized_conv", "bias", "Conv"),
     ("masked_mean_pool", "token mask", "MatMul"),
     ("pack_tokens", "a token a sequence", "Gather"),
     ("packed_attention", "three sequences", "Attention"),
