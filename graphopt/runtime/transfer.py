@@ -107,10 +107,8 @@ def relocated(region: Region, device: torch.device, reads: Sequence[str], weight
             made[node] = new.placeholder(next(names))
         else:
             made[node] = new.node_copy(node, made.__getitem__)
-            made[node].args, made[node].kwargs = (
-                fx.node.map_aggregate(part, lambda leaf: device if isinstance(leaf, torch.device) else leaf)
-                for part in (made[node].args, made[node].kwargs)
-            )
+            made[node].args = _moved_arguments(made[node].args, device)
+            made[node].kwargs = _moved_arguments(made[node].kwargs, device)
         made[node].meta = dict(node.meta)
         if "val" in node.meta:
             made[node].meta["val"] = on_device(node.meta["val"], device)
@@ -121,6 +119,11 @@ def relocated(region: Region, device: torch.device, reads: Sequence[str], weight
     module = fx.GraphModule({name: constant.tensor for name, constant in constants.items()}, new)
     graph = Graph(module, constants, (), old.in_spec, old.out_spec, old.fake_mode)
     return Region(region.name, graph, tuple(reads), region.writes)
+
+
+def _moved_arguments(given: Any, device: torch.device) -> Any:
+    """Arguments of a call, another device in the place of each."""
+    return fx.node.map_aggregate(given, lambda leaf: device if isinstance(leaf, torch.device) else leaf)
 
 
 def _copied(constant: Constant, device: torch.device, weights: Weights) -> torch.Tensor:

@@ -26,7 +26,8 @@ def machine_of(devices: Sequence[torch.device], *, measured: bool) -> Machine:
     """
     rates = {}
     for one, two in itertools.combinations(devices, 2):
-        known = _BY_KIND.get(tuple(sorted((one.type, two.type))))  # type: ignore[call-overload]
+        first, second = sorted((one.type, two.type))
+        known = _BY_KIND.get((first, second))
         if known is not None:
             rates[str(one), str(two)] = _measured_rate(one, two) if measured else known
     names = tuple(Device(str(device), str(device)) for device in devices)
