@@ -197,7 +197,7 @@ def _site(inner: list[fx.Node]) -> _Site | None:
 
 def _orders(fronts: Iterable[_Front]) -> list[tuple[Dims, Dims]]:
     """The dimensions of rows that views have put in another order, each order once: as they are and lie."""
-    found = {}
+    found: dict[str, tuple[Dims, Dims]] = {}
     for _, _, layout in fronts:
         old, new = layout.after[:-1], _as_they_lie(layout).after[:-1]
         if old != new:
