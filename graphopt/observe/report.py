@@ -132,7 +132,7 @@ class Report:
         """The CUDA graphs as the optimization left them; None where the plan runs on the CPU.
 
         ``coverage`` is the share of the nodes that they hold, ``count`` how many there are (one a shape and
-        step), ``bytes`` what their memory pools hold.
+        step), ``bytes`` what their memory pools hold, ``streams`` on how many branches run side by side.
         """
         if not self.plan or not str(self.plan[0]["device"]).startswith("cuda"):
             return None
@@ -141,6 +141,7 @@ class Report:
             "coverage": sum(row.get("graphed_nodes", 0) for row in self.plan) / max(nodes, 1),
             "count": sum(row.get("cuda_graphs", 0) for row in self.plan),
             "bytes": sum(row.get("cuda_graph_bytes", 0) for row in self.plan),
+            "streams": max(row.get("streams", 1) for row in self.plan),
         }
 
     @property
