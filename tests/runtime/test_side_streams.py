@@ -24,6 +24,7 @@ from graphopt.kernels import _triton
 from graphopt.kernels._triton import Edge, behind_edge, dependence
 from graphopt.runtime import side_streams as module
 from graphopt.runtime.cuda_graph import CudaGraphs
+from graphopt.runtime.executors import cuda as executor
 from graphopt.runtime.scheduling.branches import Call, arranged, on_streams
 from graphopt.runtime.side_streams import Beside, SideStreams, calls_of, side_streams
 from tests._models import randn, randomised
@@ -290,10 +291,13 @@ def test_side_by_side_must_pay() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_towers_on_a_gpu_are_right_in_every_replay(dtype: torch.dtype) -> None:
+def test_towers_on_a_gpu_are_right_in_every_replay(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "compared", lambda *args: Beside(2, (1.0, 2.0)))  # whatever pays today
     model = randomised(Towers(depth=4)).cuda().to(dtype)
     inputs = [tuple(randn(4, 256, seed=2 * turn + k).cuda().to(dtype) for k in (0, 1)) for turn in range(20)]
-    opt = graphopt.optimize(model, inputs[0], executors=("cuda",), effort="fast", require_cuda_graph=True)
+    opt = graphopt.optimize(model, inputs[0], executors=("cuda",), require_cuda_graph=True)
     assert opt.report.cuda_graphs is not None
     assert opt.report.cuda_graphs["streams"] == 2
     assert any("side by side" in row.reason for row in opt.report.remarks)
@@ -306,6 +310,29 @@ def test_towers_on_a_gpu_are_right_in_every_replay(dtype: torch.dtype) -> None:
         assert verdict.ok, verdict.reason
     for turn in range(200):
         assert torch.equal(opt(*inputs[turn % 20]), first[turn % 20])
+
+
+@pytest.mark.parametrize("fault", ["", "the results differ", "no memory"])
+def test_a_comparison_keeps_branches_in_order_for_any_fault(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda()
+    run = placed(region(Watch(cuda), *FORK[:2]), FORK[2], cuda)
+    ends = iter([torch.ones(2), torch.full((2,), 2.0 if fault == "the results differ" else 1.0)])
+
+    def captured(calls: Any, stream: Any) -> Any:
+        if fault == "no memory":
+            raise RuntimeError(fault)
+        return "a graph", [[next(ends)]]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(module, "_for_comparisons", lambda index: [None, None])
+    monkeypatch.setattr(module, "captured", captured)
+    monkeypatch.setattr(module, "replayed", lambda graphs, rounds: [5.0, 10.0])
+    found = module.compared(run, [torch.zeros(64)], CPU)
+    assert found.pays is (fault == "")
+    assert found.failed.endswith(fault)
 
 
 @pytest.mark.gpu

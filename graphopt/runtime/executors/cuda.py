@@ -44,7 +44,7 @@ class CudaProgram:
         region: the region.
         device: that its tensors are on.
         timed: measure implementations, and whether branches run side by side, on the first inputs; otherwise
-            each op takes its preferred one, and branches what a simulation says.
+            each op takes its preferred one, and branches run in order.
     """
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
@@ -86,7 +86,7 @@ class CudaProgram:
     ) -> fx.GraphModule | SideStreams:
         """The same with its branches on several streams, where a simulation and the first shape agree."""
         calls = self._region.graph.calls
-        if self._device.type != "cuda" or any(map(writes_in_place, calls)):
+        if not self._timed or self._device.type != "cuda" or any(map(writes_in_place, calls)):
             return module
         if self._beside is not None and not self._beside.pays:
             return module
@@ -96,12 +96,9 @@ class CudaProgram:
             return module
         nodes = {node.name: made[node] for node in calls}
         found = SideStreams(module, arrangement, nodes, self._device)
-        if self._beside is None and self._timed:
+        if self._beside is None:
             with self._during():
                 self._beside = compared(found, inputs, self._device)
-        elif self._beside is None:
-            taken = 1e6 * arrangement.seconds, 1e6 * arrangement.in_order
-            self._beside = Beside(arrangement.streams, taken)
         return found if self._beside.pays else module
 
     def describe(self) -> dict[str, Any]:
