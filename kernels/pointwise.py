@@ -131,7 +131,8 @@ def _onnx(inputs: Sequence[Value], program: str, dims: int = 0, keepdim: bool = 
     values, axes = list(inputs), list(range(-dims, 0))
     for name, operands in parse(program, len(inputs)):
         if name in REDUCTIONS:
-            values.append(REDUCTIONS[name].onnx(values[operands[0].index], axes))
+            (source,) = (values[o.index] for o in operands if isinstance(o, Operand))
+            values.append(REDUCTIONS[name].onnx(source, axes))
             continue
         like = next(values[o.index] for o in reversed(operands) if isinstance(o, Operand))
         literal = name == "to" or name in _activations.ONNX  # what ONNX has as attributes
