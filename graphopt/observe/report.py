@@ -132,7 +132,8 @@ class Report:
         """The CUDA graphs as the optimization left them; None where all of the plan runs on the CPU.
 
         ``coverage`` is the share of the nodes on a GPU that they hold, ``count`` how many there are (one a
-        shape and step), ``bytes`` what their memory pools hold.
+        shape and step), ``bytes`` what their memory pools hold, ``streams`` on how many branches run side by
+        side.
         """
         rows = [row for row in self.plan if str(row["device"]).startswith("cuda")]
         if not rows:
@@ -142,6 +143,7 @@ class Report:
             "coverage": sum(row.get("graphed_nodes", 0) for row in rows) / max(nodes, 1),
             "count": sum(row.get("cuda_graphs", 0) for row in rows),
             "bytes": sum(row.get("cuda_graph_bytes", 0) for row in rows),
+            "streams": max(row.get("streams", 1) for row in rows),
         }
 
     @property

@@ -190,9 +190,9 @@ def _native(
     if effort == "measured" and weighed is not found:
         name = f"{native} (all that it takes)"
         candidates.append(_compiled(name, found, target, remarks, effort))
-    if native == "ort" and compile_too and len(found.groups) > 1:
-        mixed = ("ort", "inductor", "eager")
-        candidates.append(_way("ort + inductor", graph, mixed, target, Remarks(), effort))
+    if compile_too and len(found.groups) > 1:
+        mixed = (native, "inductor", "eager")
+        candidates.append(_way(f"{native} + inductor", graph, mixed, target, Remarks(), effort))
     return candidates
 
 
