@@ -207,7 +207,7 @@ def convolve(
     launch(_conv_kernel, grid, made, x, weight, *last, *numbers, *geometry, parameter, **constants)
     if splits > 1:
         args = out, made, *ends, pixels * features, features, parameter
-        cut = {"ACTIVATION": activation, "SPLITS": splits, "BLOCK": _SUM_BLOCK}
+        cut: dict[str, Any] = {"ACTIVATION": activation, "SPLITS": splits, "BLOCK": _SUM_BLOCK}
         launch(_conv_sum_kernel, (-(-pixels * features // _SUM_BLOCK),), *args, **cut)
     return out.permute(0, 3, 1, 2)
 
