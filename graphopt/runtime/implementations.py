@@ -20,6 +20,7 @@ from graphopt.kernels import (
     linear_add_layer_norm,
 )
 from graphopt.kernels._aten import triton_face
+from graphopt.kernels._conv_triton import convolve_as_product, is_product
 
 aten = torch.ops.aten
 
@@ -31,7 +32,8 @@ class Implementation:
     """One way to run a node.
 
     Args:
-        name: "triton", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient", "aten".
+        name: "triton", "triton product", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient",
+            "aten".
         run: takes what the node's target takes.
     """
 
@@ -77,14 +79,16 @@ def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Run]]:
-    """What NVIDIA's libraries have besides what ATen chooses by itself."""
+    """What there is between an op's own kernel and what ATen chooses by itself: NVIDIA's libraries mostly."""
     if target is linear_activation.OP.overload:
         if _epilogue_fits(*args, **kwargs):
             yield "cublaslt", _linear_epilogue
     elif target is linear_add_layer_norm.OP.overload:
         if _norm_fits(*args):
             yield "cublas + triton", _linear_then_norm
-    elif target is conv_activation.OP.overload:
+    elif target in (conv_activation.OP.overload, aten.conv2d.default):
+        if is_product(*args, **kwargs):
+            yield "triton product", convolve_as_product
         if _convolution_fits(*args, **kwargs):
             yield "cudnn", _convolution_relu
     elif target is attention.OP.overload:
@@ -159,10 +163,10 @@ def _linear_then_norm(
 def _convolution_fits(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     activation: str = "none",
     parameter: float = 1.0,
