@@ -31,6 +31,7 @@ from graphopt.kernels._triton import (
 from graphopt.kernels._tuning import Config, choose
 
 WIDEST = 256  # features of a head: query, sums and a step's keys and values stay on a processor
+MANY_KEYS = 256  # from which on it pays to look for the last one that a mask allows, before all else
 SWALLOWS = -1e30  # a fill below it leaves no weight beside any score
 
 
@@ -214,6 +215,17 @@ def _sequence(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _keys_seen(mask_ptr, T, stride_mt, BLOCK: tl.constexpr = 512):  # type: ignore[no-untyped-def]
+    """One past the last key that a mask of keys allows; 0 where it allows none."""
+    seen = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, T, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        allowed = tl.load(mask_ptr + t * stride_mt, mask=t < T, other=0) != 0
+        seen = tl.maximum(seen, tl.where(allowed, t + 1, 0))
+    return tl.max(seen, 0)
+
+
+@jit
 def _attention_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     query_ptr,
@@ -240,6 +252,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     CAPPED: tl.constexpr,
     FILLED: tl.constexpr,
     EMPTY_IS_NAN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -275,12 +289,17 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         last = tl.minimum(last, (block + 1) * BLOCK_S)
         inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
     inner = tl.minimum(inner, last)
+    if BOUNDED:  # nothing behind the last key that is allowed has a weight
+        seen = _keys_seen(mask_ptr, T, strides_m[3])
+        last = tl.where(seen > inner, last, tl.minimum(inner, tl.cdiv(seen, BLOCK_T) * BLOCK_T))
+        inner = tl.minimum(inner, last)
     for EDGE in tl.static_range(2):
         acc, total, highest = _walk(
             acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s,
             inner if EDGE else 0, last if EDGE else inner, S, T,
             strides_k[1], strides_v[1], strides_m[2], strides_m[3], scale, softcap, fill,
-            D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
+            D, E, TAIL if EDGE else BLOCK_T, BLOCK_D, BLOCK_E,
+            MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
         )  # fmt: skip
     if MASK > 0 and not EMPTY_IS_NAN:  # a row without a key: zeros
         total = tl.where(total == 0, 1.0, total)
@@ -329,6 +348,9 @@ def attend(
     numbers = D**-0.5 if scale is None else scale, softcap or 1.0, fill or 0.0
     args = out, query, key, value, mask, None, S, T, H, *strides, mask_strides, *map(float, numbers)
     grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
+    by_key = kind == 1 and not (flags["MASK_PER_ROW"] or flags["FILLED"] or is_causal)
+    constants["BOUNDED"] = by_key and T >= MANY_KEYS
+    constants["TAIL"] = _tail(T, config.tiles["BLOCK_T"], is_causal)
     launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
     return out
 
@@ -351,11 +373,12 @@ def attend_packed(
     named = N, sequences, longest, H, D, E, query.dtype, is_causal
     candidates = _candidates(sequences * H, longest, longest, query, max(D, E))
     config = choose(_attention_kernel, query.device, named, candidates)
-    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN"), 0)
+    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN", "BOUNDED"), 0)
     constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
     numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
     sizes = N, sequences, H
     args = out, query, key, value, None, offsets.contiguous(), *sizes, *strides, (0, 0, 0, 0), *numbers
+    constants["TAIL"] = config.tiles["BLOCK_T"]  # every sequence has another length
     grid = max(triton.cdiv(longest, config.tiles["BLOCK_S"]), 1), H, sequences + 1
     launch(_attention_kernel, grid, *args, **constants, **config.options)
     return out
@@ -364,6 +387,15 @@ def attend_packed(
 def _candidates(heads: int, S: int, T: int, query: torch.Tensor, width: int) -> tuple[Config, ...]:
     device = query.device
     return blocks(heads, S, T, width, query.element_size(), processors(device), shared_memory(device))
+
+
+def _tail(T: int, block: int, is_causal: bool) -> int:
+    """Keys of the step at the edge: 16 for the last 5 of 197, not a whole block of 64.
+
+    A causal edge lies elsewhere for every block of queries.
+    """
+    left = T % block
+    return block if is_causal or left == 0 else max(16, power_of_two(left))
 
 
 def _padded(D: int, E: int) -> dict[str, int]:
