@@ -125,7 +125,7 @@ def _split_norm_kernel(  # type: ignore[no-untyped-def]
     norm_weight = vector(norm_weight_ptr, column, D, 1.0)
     norm_bias = vector(norm_bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
-    size = tl.cast(rows, tl.int64) * D  # a single row is a compile-time number, which has no method
+    size = tl.cast(rows, tl.int64) * D  # one row is a constant, which has no method for it
     total = sum_splits(partial_ptr, row * D + column, seen, size, SPLITS)
     if total_ptr is not None:  # else the product's own kernel has added all, and partial_ptr is the total
         residual = tl.load(residual_ptr + row * stride_rr + column, mask=seen, other=0.0).to(tl.float32)
