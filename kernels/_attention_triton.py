@@ -13,8 +13,7 @@ import math
 
 import torch
 
-from graphopt.kernels._attention_configs import blocks
-from graphopt.kernels._rows import power_of_two
+from graphopt.kernels._attention_configs import blocks, padded, tail
 from graphopt.kernels._triton import (
     dot,
     jit,
@@ -215,14 +214,38 @@ def _sequence(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _keys_seen(mask_ptr, T, stride_mt, BLOCK: tl.constexpr = 512):  # type: ignore[no-untyped-def]
-    """One past the last key that a mask of keys allows; 0 where it allows none."""
-    seen = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, T, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        allowed = tl.load(mask_ptr + t * stride_mt, mask=t < T, other=0) != 0
-        seen = tl.maximum(seen, tl.where(allowed, t + 1, 0))
-    return tl.max(seen, 0)
+def _reach(  # type: ignore[no-untyped-def]
+    block,
+    S,
+    T,
+    mask_ptr,
+    stride_mt,
+    CAUSAL: tl.constexpr,
+    FILLED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Up to which key all are there and seen by all queries of the block, and up to which any are.
+
+    BOUNDED: nothing behind the last key that a mask of keys allows has a weight.
+    """
+    last = tl.where(block * BLOCK_S < S, T, 0)
+    inner = T // BLOCK_T * BLOCK_T
+    if CAUSAL and not FILLED:
+        last = tl.minimum(last, (block + 1) * BLOCK_S)
+        inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
+    inner = tl.minimum(inner, last)
+    if BOUNDED:
+        seen = tl.zeros((512,), tl.int32)
+        for start in range(0, T, 512):
+            t = start + tl.arange(0, 512)
+            allowed = tl.load(mask_ptr + t * stride_mt, mask=t < T, other=0) != 0
+            seen = tl.maximum(seen, tl.where(allowed, t + 1, 0))
+        end = tl.cdiv(tl.max(seen, 0), BLOCK_T) * BLOCK_T
+        last = tl.where(end > inner, last, end)
+        inner = tl.minimum(inner, last)
+    return inner, last
 
 
 @jit
@@ -283,16 +306,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     highest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
-    last = tl.where(block * BLOCK_S < S, T, 0)
-    inner = T // BLOCK_T * BLOCK_T  # up to here all keys are there, and seen by all queries of the block
-    if CAUSAL and not FILLED:
-        last = tl.minimum(last, (block + 1) * BLOCK_S)
-        inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
-    inner = tl.minimum(inner, last)
-    if BOUNDED:  # nothing behind the last key that is allowed has a weight
-        seen = _keys_seen(mask_ptr, T, strides_m[3])
-        last = tl.where(seen > inner, last, tl.minimum(inner, tl.cdiv(seen, BLOCK_T) * BLOCK_T))
-        inner = tl.minimum(inner, last)
+    inner, last = _reach(block, S, T, mask_ptr, strides_m[3], CAUSAL, FILLED, BOUNDED, BLOCK_S, BLOCK_T)
     for EDGE in tl.static_range(2):
         acc, total, highest = _walk(
             acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s,
@@ -350,8 +364,8 @@ def attend(
     grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
     by_key = kind == 1 and not (flags["MASK_PER_ROW"] or flags["FILLED"] or is_causal)
     constants["BOUNDED"] = by_key and T >= MANY_KEYS
-    constants["TAIL"] = _tail(T, config.tiles["BLOCK_T"], is_causal)
-    launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
+    constants["TAIL"] = tail(T, config.tiles["BLOCK_T"], is_causal)
+    launch(_attention_kernel, grid, *args, **constants, **padded(D, E), **config.options)
     return out
 
 
@@ -374,7 +388,7 @@ def attend_packed(
     candidates = _candidates(sequences * H, longest, longest, query, max(D, E))
     config = choose(_attention_kernel, query.device, named, candidates)
     flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN", "BOUNDED"), 0)
-    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **padded(D, E)}
     numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
     sizes = N, sequences, H
     args = out, query, key, value, None, offsets.contiguous(), *sizes, *strides, (0, 0, 0, 0), *numbers
@@ -387,20 +401,6 @@ def attend_packed(
 def _candidates(heads: int, S: int, T: int, query: torch.Tensor, width: int) -> tuple[Config, ...]:
     device = query.device
     return blocks(heads, S, T, width, query.element_size(), processors(device), shared_memory(device))
-
-
-def _tail(T: int, block: int, is_causal: bool) -> int:
-    """Keys of the step at the edge: 16 for the last 5 of 197, not a whole block of 64.
-
-    A causal edge lies elsewhere for every block of queries.
-    """
-    left = T % block
-    return block if is_causal or left == 0 else max(16, power_of_two(left))
-
-
-def _padded(D: int, E: int) -> dict[str, int]:
-    """Features as blocks: powers of two, and no fewer than the tensor cores take."""
-    return {"BLOCK_D": max(16, power_of_two(D)), "BLOCK_E": max(16, power_of_two(E))}
 
 
 def refuse_heads(

@@ -117,11 +117,13 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     )
     if not tma:
         return by_pointer
+    stages = 6 if parts == 1 else 4
     by_tma = (
-        tma_tiles(m, 64, 128, 4, 6 if parts == 1 else 4, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, stages, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, stages, parts),  # the same programs, compiled as a loop over tiles
         tma_tiles(m, 64, 256, 4, 3, parts, tma=EACH),
         tma_tiles(m, 32, 256, 4, 3, narrow, tma=EACH),
-        tma_tiles(m, 64, 128, 4, 4 if parts == 1 else 6, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, 10 - stages, parts, tma=EACH),
     )
     return by_tma + by_pointer[:2]
 

@@ -10,8 +10,7 @@ import torch
 
 from graphopt.ir.op import OPS, Sample
 from graphopt.kernels import _attention_triton
-from graphopt.kernels._attention_configs import blocks
-from graphopt.kernels._attention_triton import _tail
+from graphopt.kernels._attention_configs import blocks, tail
 from graphopt.kernels._tuning import Config
 from tests.kernels._faces import DEVICE, MARKS, assert_fences_hold, launched
 from tests.kernels.test_ops import assert_right, cast, mapped
@@ -34,11 +33,11 @@ def cut(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "block", "tail"), [(197, 64, 16), (197, 128, 128), (128, 64, 64), (90, 64, 32), (5, 32, 16)]
+    ("T", "block", "keys"), [(197, 64, 16), (197, 128, 128), (128, 64, 64), (90, 64, 32), (5, 32, 16)]
 )
-def test_the_last_step_is_as_long_as_what_is_left(T: int, block: int, tail: int) -> None:
-    assert _tail(T, block, is_causal=False) == tail
-    assert _tail(T, block, is_causal=True) == block
+def test_the_last_step_is_as_long_as_what_is_left(T: int, block: int, keys: int) -> None:
+    assert tail(T, block, is_causal=False) == keys
+    assert tail(T, block, is_causal=True) == block
 
 
 @pytest.mark.parametrize("T", [5, 32, 37, 64, 90])
