@@ -46,15 +46,19 @@ class Case:
         return _ATEN[self.kernel][0] if self.kernel in _ATEN else OPS[self.kernel].reference
 
     def cost(self, args: tuple[Any, ...]) -> Cost:
-        """What the call must move at least; for ATen's, inputs and one result like the first input."""
+        """What the call must move at least; for ATen's, each input and the result once."""
         if self.kernel in _ATEN:
-            return Cost(0.0, nbytes(*(x for x in args if isinstance(x, Tensor)), args[0]))
+            result = self.reference(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+            return Cost(0.0, nbytes(*(x for x in args if isinstance(x, Tensor)), result))
         return OPS[self.kernel].cost(*args)
 
 
 _ATEN = {
     overload.overloadpacket.__name__: (overload, _aten.FACES[overload])
-    for overload in (aten.layer_norm.default, aten.softmax.int)
+    for overload in (
+        *(aten.layer_norm.default, aten.softmax.int),
+        *(aten.max_pool2d.default, aten.adaptive_avg_pool2d.default),
+    )
 }
 
 
@@ -62,6 +66,7 @@ def cases() -> Iterator[Case]:
     """All of them, small sizes first."""
     yield from _norms()
     yield from _pointwise()
+    yield from _pools()
     yield from _others()
 
 
@@ -104,6 +109,18 @@ def _norms() -> Iterator[Case]:
             yield Case("sandwich_rms_norm", of, sandwich)
 
 
+_UNIT = "%1 = norm(%0)\n%2 = maximum(%1, 1e-12)\n%3 = div(%0, %2)"
+_SCORES = "%2 = mul(%0, 0.125)\n%3 = add(%2, %1)\n%4 = softmax(%3)"
+_REDUCTIONS = (  # by name: sizes of the inputs, the program, and how many dimensions it reduces
+    ("unit vectors", (32, 768), _UNIT, 1),
+    ("unit vectors", (16384, 768), _UNIT, 1),
+    ("softmax of scores", (16384, 512), _SCORES, 1),
+    ("softmax of scores", (1024, 50257), _SCORES, 1),
+    ("ReLU and mean of an image", (64, 512, 7, 7), "%1 = relu(%0, 1.0)\n%2 = mean(%1)", 2),
+    ("sum of products", (1024, 65536), "%2 = mul(%0, %1)\n%3 = sum(%2)", 1),
+)
+
+
 def _pointwise() -> Iterator[Case]:
     def biased(rows: int, features: int) -> Callable[..., Any]:
         def make(device: torch.device, dtype: torch.dtype) -> Any:
@@ -123,10 +140,40 @@ def _pointwise() -> Iterator[Case]:
         yield Case("pointwise", f"bias and GELU, {rows}x3072", biased(rows, 3072))
     for rows in (1, 8192):
         yield Case("pointwise", f"SiLU gate, {rows}x14336", gated(rows, 14336))
+    for label, size, program, dims in _REDUCTIONS:
+
+        def reduced(
+            device: torch.device,
+            dtype: torch.dtype,
+            size: Any = size,
+            program: str = program,
+            dims: int = dims,
+        ) -> Any:
+            inputs = [torch.randn(size, device=device).to(dtype) for _ in range(1 + ("%2 = " in program[:6]))]
+            return inputs, program, dims
+
+        yield Case("pointwise", f"{label}, {'x'.join(map(str, size))}", reduced)
     for rows in (257, 64 * 257):
         yield Case(
             "quick_gelu", f"{rows}x4096", lambda d, t, rows=rows: (torch.randn(rows, 4096, device=d).to(t),)
         )
+
+
+def _pools() -> Iterator[Case]:
+    """ResNet-50's two."""
+    for batch in (1, 64):
+
+        def images(
+            size: tuple[int, ...], *rest: Any, batch: int = batch
+        ) -> Callable[[torch.device, torch.dtype], Any]:
+            def make(device: torch.device, dtype: torch.dtype) -> Any:
+                x = torch.randn(batch, *size, device=device).to(dtype)
+                return x.contiguous(memory_format=torch.channels_last), *rest
+
+            return make
+
+        yield Case("max_pool2d", f"{batch}x64x112x112 by 3x3", images((64, 112, 112), [3, 3], [2, 2], [1, 1]))
+        yield Case("adaptive_avg_pool2d", f"{batch}x2048x7x7", images((2048, 7, 7), [1, 1]))
 
 
 def _others() -> Iterator[Case]:

@@ -14,7 +14,7 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
 def products() -> Iterator[Case]:
-    """All of them: BERT-base and ViT-B/16, and the gated block of a small language model."""
+    """All of them: BERT-base, ViT-B/16 and ResNet-50, and the gated block of a small language model."""
     yield Case("linear_activation", "1x2048 to 1000", _linear(1, 2048, 1000, "none"))
     yield Case("linear_add_layer_norm", "1x3072 to 768", _normed(1, 3072, 768))
     for rows in (128, 1024, 4096, 64 * 197):
@@ -34,6 +34,10 @@ def products() -> Iterator[Case]:
         yield Case("attention", shape, _attention(batch, length, masked, False))
     yield Case("attention", "8x1024, 12 heads of 64, causal", _attention(8, 1024, False, True))
     yield Case("packed_attention", "32x277, 12 heads of 64", _packed(32, 277))
+    for batch in (1, 64):
+        yield Case("conv_activation", f"{batch}x256x14x14, 3x3", _convolution(batch, 14, 256, 256, 3))
+    ends = _convolution(64, 56, 64, 256, 1, residual=True)
+    yield Case("conv_activation", "64x64x56x56 to 256, 1x1, residual", ends)
 
 
 def _linear(rows: int, depth: int, features: int, activation: str) -> Make:
@@ -90,6 +94,22 @@ def _packed(batch: int, length: int) -> Make:
         heads = _drawn(device, dtype)(batch * length, 3, 12, 64).unbind(1)
         offsets = length * torch.arange(batch + 1, dtype=torch.int32, device=device)
         return *heads, offsets, length
+
+    return make
+
+
+def _convolution(
+    batch: int, size: int, channels: int, features: int, kernel: int, residual: bool = False
+) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        def images(*sizes: int) -> torch.Tensor:
+            return _drawn(device, dtype)(*sizes).contiguous(memory_format=torch.channels_last)
+
+        x, weight = images(batch, channels, size, size), images(features, channels, kernel, kernel)
+        where = [1, 1], [kernel // 2] * 2, [1, 1]
+        added = images(batch, features, size, size) if residual else None
+        bias = torch.randn(features, device=device).to(dtype)
+        return x, weight / weight[0].numel() ** 0.5, bias, *where, 1, "relu", 1.0, added
 
     return make
 

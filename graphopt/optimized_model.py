@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,7 @@ class OptimizedModel(torch.nn.Module):
         self.plan = plan
         self.report = report
         self.fallbacks = 0
+        self._counting = threading.Lock()  # any number of threads may call
         self._rewritten = rewritten
         self._calling = CallingConvention(graph, original.forward)
         self._sizes = Sizes.of(graph)
@@ -87,7 +89,8 @@ class OptimizedModel(torch.nn.Module):
         except InputError:
             if not self._fallback:
                 raise
-            self.fallbacks += 1
+            with self._counting:
+                self.fallbacks += 1
             with torch.no_grad():
                 whole = self._fallback[0](*args, **kwargs)
             return whole if self._selection is None else self._selection.apply(whole)
@@ -174,7 +177,7 @@ class OptimizedModel(torch.nn.Module):
             portable: use operators of ONNX's own only, none of ONNX Runtime's ``com.microsoft``.
             device: ``"cpu"`` or ``"cuda"``: whose kernels the fused nodes are chosen for; None is the device
                 that the model was optimized for. Some of CUDA's have no counterpart on the CPU.
-            opset: of ONNX's own operators, 18 to 23.
+            opset: of ONNX's own operators, 18 to 24.
             external_above: bytes that the file may have, 2 GiB at most. The weights of a larger model go into
                 ``NAME.<digest>.data`` beside it, which must be moved with it.
 

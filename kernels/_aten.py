@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from graphopt.ir.op import TritonFace, op_of
-from graphopt.kernels import linear_activation, pointwise, rms_norm
+from graphopt.kernels import conv_activation, linear_activation, pointwise, rms_norm
+from graphopt.kernels._pool_triton import max_pool, mean_pool, refuse_max_pool, refuse_mean_pool
 from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
 from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
 from graphopt.kernels._tuning import choose
@@ -150,6 +151,9 @@ def _softmax_refuses(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None
 _GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
 FACES: dict[Any, TritonFace] = {
     aten.linear.default: linear_activation.FACE,  # its first three arguments
+    aten.conv2d.default: conv_activation.FACE,  # its first seven
+    aten.max_pool2d.default: TritonFace(max_pool, refuse_max_pool),
+    aten.adaptive_avg_pool2d.default: TritonFace(mean_pool, refuse_mean_pool),
     aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
     aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
     aten.softmax.int: TritonFace(_softmax, _softmax_refuses),

@@ -13,8 +13,7 @@ import math
 
 import torch
 
-from graphopt.kernels._attention_configs import blocks
-from graphopt.kernels._rows import power_of_two
+from graphopt.kernels._attention_configs import blocks, padded, tail
 from graphopt.kernels._triton import (
     dot,
     jit,
@@ -31,6 +30,7 @@ from graphopt.kernels._triton import (
 from graphopt.kernels._tuning import Config, choose
 
 WIDEST = 256  # features of a head: query, sums and a step's keys and values stay on a processor
+MANY_KEYS = 256  # from which on it pays to look for the last one that a mask allows, before all else
 SWALLOWS = -1e30  # a fill below it leaves no weight beside any score
 
 
@@ -214,6 +214,41 @@ def _sequence(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _reach(  # type: ignore[no-untyped-def]
+    block,
+    S,
+    T,
+    mask_ptr,
+    stride_mt,
+    CAUSAL: tl.constexpr,
+    FILLED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Up to which key all are there and seen by all queries of the block, and up to which any are.
+
+    BOUNDED: nothing behind the last key that a mask of keys allows has a weight.
+    """
+    last = tl.where(block * BLOCK_S < S, T, 0)
+    inner = T // BLOCK_T * BLOCK_T
+    if CAUSAL and not FILLED:
+        last = tl.minimum(last, (block + 1) * BLOCK_S)
+        inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
+    inner = tl.minimum(inner, last)
+    if BOUNDED:
+        seen = tl.zeros((512,), tl.int32)
+        for start in range(0, T, 512):
+            t = start + tl.arange(0, 512)
+            allowed = tl.load(mask_ptr + t * stride_mt, mask=t < T, other=0) != 0
+            seen = tl.maximum(seen, tl.where(allowed, t + 1, 0))
+        end = tl.cdiv(tl.max(seen, 0), BLOCK_T) * BLOCK_T
+        last = tl.where(end > inner, last, end)
+        inner = tl.minimum(inner, last)
+    return inner, last
+
+
+@jit
 def _attention_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     query_ptr,
@@ -240,6 +275,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     CAPPED: tl.constexpr,
     FILLED: tl.constexpr,
     EMPTY_IS_NAN: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -269,18 +306,14 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_S,), tl.float32)
     highest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
-    last = tl.where(block * BLOCK_S < S, T, 0)
-    inner = T // BLOCK_T * BLOCK_T  # up to here all keys are there, and seen by all queries of the block
-    if CAUSAL and not FILLED:
-        last = tl.minimum(last, (block + 1) * BLOCK_S)
-        inner = tl.minimum(inner, block * BLOCK_S // BLOCK_T * BLOCK_T)
-    inner = tl.minimum(inner, last)
+    inner, last = _reach(block, S, T, mask_ptr, strides_m[3], CAUSAL, FILLED, BOUNDED, BLOCK_S, BLOCK_T)
     for EDGE in tl.static_range(2):
         acc, total, highest = _walk(
             acc, total, highest, query, key_ptr, value_ptr, mask_ptr, s,
             inner if EDGE else 0, last if EDGE else inner, S, T,
             strides_k[1], strides_v[1], strides_m[2], strides_m[3], scale, softcap, fill,
-            D, E, BLOCK_T, BLOCK_D, BLOCK_E, MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
+            D, E, TAIL if EDGE else BLOCK_T, BLOCK_D, BLOCK_E,
+            MASK, MASK_PER_ROW, CAUSAL, CAPPED, FILLED, EDGE,
         )  # fmt: skip
     if MASK > 0 and not EMPTY_IS_NAN:  # a row without a key: zeros
         total = tl.where(total == 0, 1.0, total)
@@ -329,7 +362,10 @@ def attend(
     numbers = D**-0.5 if scale is None else scale, softcap or 1.0, fill or 0.0
     args = out, query, key, value, mask, None, S, T, H, *strides, mask_strides, *map(float, numbers)
     grid = triton.cdiv(S, config.tiles["BLOCK_S"]), H, B
-    launch(_attention_kernel, grid, *args, **constants, **_padded(D, E), **config.options)
+    by_key = kind == 1 and not (flags["MASK_PER_ROW"] or flags["FILLED"] or is_causal)
+    constants["BOUNDED"] = by_key and T >= MANY_KEYS
+    constants["TAIL"] = tail(T, config.tiles["BLOCK_T"], is_causal)
+    launch(_attention_kernel, grid, *args, **constants, **padded(D, E), **config.options)
     return out
 
 
@@ -351,11 +387,12 @@ def attend_packed(
     named = N, sequences, longest, H, D, E, query.dtype, is_causal
     candidates = _candidates(sequences * H, longest, longest, query, max(D, E))
     config = choose(_attention_kernel, query.device, named, candidates)
-    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN"), 0)
-    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **_padded(D, E)}
+    flags = dict.fromkeys(("MASK", "MASK_PER_ROW", "CAPPED", "FILLED", "EMPTY_IS_NAN", "BOUNDED"), 0)
+    constants = {"D": D, "E": E, "GROUP": H // K, **flags, "CAUSAL": is_causal, **padded(D, E)}
     numbers = float(D**-0.5 if scale is None else scale), 1.0, 0.0
     sizes = N, sequences, H
     args = out, query, key, value, None, offsets.contiguous(), *sizes, *strides, (0, 0, 0, 0), *numbers
+    constants["TAIL"] = config.tiles["BLOCK_T"]  # every sequence has another length
     grid = max(triton.cdiv(longest, config.tiles["BLOCK_S"]), 1), H, sequences + 1
     launch(_attention_kernel, grid, *args, **constants, **config.options)
     return out
@@ -364,11 +401,6 @@ def attend_packed(
 def _candidates(heads: int, S: int, T: int, query: torch.Tensor, width: int) -> tuple[Config, ...]:
     device = query.device
     return blocks(heads, S, T, width, query.element_size(), processors(device), shared_memory(device))
-
-
-def _padded(D: int, E: int) -> dict[str, int]:
-    """Features as blocks: powers of two, and no fewer than the tensor cores take."""
-    return {"BLOCK_D": max(16, power_of_two(D)), "BLOCK_E": max(16, power_of_two(E))}
 
 
 def refuse_heads(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from graphopt.kernels._tuning import Config
 
 FEW_ROWS = 256  # up to which a product waits for its weights more than for anything else
+MANY_ROWS = 4096  # from which on a product has several rounds of tiles, and cuBLAS is the faster one
 RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
 DEEPEST = 384  # no part of the depth is cut to less
 MOST_PARTS = 8
@@ -56,15 +57,10 @@ def tma_tiles(
     splits: int = 1,
     group: int = 8,
     tma: int = RESIDENT,
-    halves: bool = False,
 ) -> Config:
-    """A configuration of ``_linear_tma_kernel``, whose programs are RESIDENT or EACH tile's.
-
-    With ``halves`` a tile is finished and stored in two: at 128x256 the shared memory that it leaves is one
-    more step on its way, 4 instead of 3.
-    """
+    """A configuration of ``_linear_tma_kernel``, whose programs are RESIDENT or EACH tile's."""
     found = tiles(m, n, k, warps, stages, splits, group)
-    return Config({**found.tiles, "TMA": tma, "HALVES": int(halves)}, warps, stages)
+    return Config({**found.tiles, "TMA": tma}, warps, stages)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,7 +95,7 @@ def linear_configs(
     if not finished:
         return fitting
     # Many rows keep cuBLAS busier than the tiles here, and a norm reads the product from L2 either way.
-    return (BY_CUBLAS, *fitting) if then_summed and M >= 4096 else (*fitting, BY_CUBLAS)
+    return (BY_CUBLAS, *fitting) if then_summed and M >= MANY_ROWS else (*fitting, BY_CUBLAS)
 
 
 def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) -> tuple[Config, ...]:
@@ -121,11 +117,13 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     )
     if not tma:
         return by_pointer
+    stages = 6 if parts == 1 else 4
     by_tma = (
-        tma_tiles(m, 64, 128, 4, 6 if parts == 1 else 4, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, stages, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, stages, parts),  # the same programs, compiled as a loop over tiles
         tma_tiles(m, 64, 256, 4, 3, parts, tma=EACH),
         tma_tiles(m, 32, 256, 4, 3, narrow, tma=EACH),
-        tma_tiles(m, 64, 128, 4, 4 if parts == 1 else 6, parts, tma=EACH),
+        tma_tiles(m, 64, 128, 4, 10 - stages, parts, tma=EACH),
     )
     return by_tma + by_pointer[:2]
 
@@ -139,11 +137,16 @@ def _parts(whole: int, K: int, chip: Chip) -> int:
 def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
     """The largest tile of which the last round of programs is not mostly idle; then the others.
 
-    (4096, 768) to 3072 with GELU, 39.0 us, cuBLAS and a kernel for GELU 54.0: 128x256. (1024, 768) to 768,
-    the norm included, 7.31 us, cuBLAS and the same norm 8.46: 64x128. The product alone cuBLAS makes faster:
-    (1024, 768) to 2304 in 8.9 us against 11.4, (4096, 768) to 2304 in 25.9 us against 30.0. Warps of their
-    own for TMA are not among them: of the loop here Triton 3.9 makes none on sm_90 (with four warps its pass
-    fails, with eight it leaves the loop as it is).
+    (4096, 768) to 3072 with GELU, 38.5 us, cuBLAS alone 36.1 and with a kernel for GELU 50.0: 128x256. (1024,
+    768) to 768, the norm included, 6.9 us, cuBLAS and the same norm 8.6: 64x128. Where tiles of 128x128 are
+    more than the processors, but not twice as many, two share one: (1024, 768) to 3072 with GELU 13.3 us,
+    128x256 14.6; (4096, 768) to 768, residual and norm included, 16.5 us, cuBLAS and the same norm 17.9.
+
+    The product alone cuBLAS makes faster: (1024, 768) to 2304 in 9.2 us against 11.1, (4096, 768) to 2304 in
+    25.5 us against 30.3, and (4096, 3072) to 768 with the norm in 36.9 us against 42.9. Not among them, as
+    slower: 128x192 with the sums of 128 and of 64 columns apart (37.1 us where 128x256 takes 31.9, although
+    it leaves no processor idle), the same of 64 rows, and 128x256 for EACH tile (39.9 us). Warps of their own
+    for TMA Triton 3.9 does not make of this loop on sm_90.
     """
     if not tma:
         return (
@@ -152,23 +155,28 @@ def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
             tiles(128, 64, 64, 4, 3),
             tiles(64, 64, 64, 4, 4),
         )
+    shared = tma_tiles(128, 128, 64, 4, 3, tma=EACH)
     found = [
         tma_tiles(128, 256, 64, 8, 3),
         tma_tiles(128, 128, 64, 4, 4),
         tma_tiles(64, 128, 128, 4, 4),
         tma_tiles(64, 256, 64, 4, 4),
         tma_tiles(128, 128, 64, 8, 4),
-        tma_tiles(128, 256, 64, 8, 4, halves=True),
-        tma_tiles(128, 256, 64, 8, 3, halves=True),
-        tma_tiles(128, 128, 128, 8, 3, halves=True),
+        shared,
     ]
+    in_one_round = chip.processors < _tiles(shared, M, N) <= 2 * chip.processors
     likely = next((c for c in found if _busy(c, M, N, chip) >= 0.7), found[2])
+    likely = shared if in_one_round else likely
     return (likely, *(config for config in found if config != likely))
+
+
+def _tiles(config: Config, M: int, N: int) -> int:
+    return -(-M // config.tiles["BLOCK_M"]) * -(-N // config.tiles["BLOCK_N"])
 
 
 def _busy(config: Config, M: int, N: int, chip: Chip) -> float:
     """The part of the processors' time that has a tile to work on."""
-    count = -(-M // config.tiles["BLOCK_M"]) * -(-N // config.tiles["BLOCK_N"])
+    count = _tiles(config, M, N)
     return count / (-(-count // chip.processors) * chip.processors)
 
 
@@ -188,12 +196,13 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
 
 
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:
-    """Bytes of shared memory: the tiles under way, and with TMA the finished one, or half of it.
+    """Bytes of shared memory: the tiles under way, and with TMA the finished one.
 
-    A residual comes to its threads through as much again: 128x256x64 in halves with 4 steps needs 229 KB
-    without one, 262 KB with it.
+    That lies beside the next one's factors, or, of a program that has no next one, in its own's place. A
+    residual comes to its threads through as much again.
     """
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
-    finished = m * n * itemsize if config.tiles.get("TMA") and config.tiles["SPLITS"] == 1 else 0
-    finished = finished // (1 + config.tiles.get("HALVES", 0)) * (1 + residual)
-    return (m + weights * n) * k * itemsize * config.num_stages + finished + 1024
+    under_way = (m + weights * n) * k * itemsize * config.num_stages
+    tma = config.tiles.get("TMA")
+    finished = m * n * itemsize * (1 + residual) if tma and config.tiles["SPLITS"] == 1 else 0
+    return (under_way + finished if tma == RESIDENT else max(under_way, finished)) + 1024

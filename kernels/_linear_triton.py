@@ -5,10 +5,10 @@
 Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those
 sums, and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
 
-Three kernels. ``_linear_kernel`` takes any strides. ``_linear_tma_kernel`` moves tiles with the tensor memory
-accelerator (TMA) of sm_90 and later, and its programs may stay on their processors from tile to tile. Where
-a product has too few tiles to fill the GPU both cut its depth K into parts, whose sums in float32 a third
-kernel adds in the order of their depth: the same bits in every run, unlike atomic additions in memory.
+Three kernels. ``_linear_kernel`` takes any strides, that of ``_linear_tma.py`` what the tensor memory
+accelerator can move. Where a product has too few tiles to fill the GPU both cut its depth K into parts, whose
+sums in float32 a third kernel adds in the order of their depth: the same bits in every run, unlike atomic
+additions in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._activations_triton import activate, gelu_to_half
-from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, Chip, linear_configs
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, RESIDENT, Chip, linear_configs
+from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias, with_residual
+from graphopt.kernels._linear_tma import _linear_tma_kernel
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
     as_rows,
@@ -41,58 +42,7 @@ if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 WITH_TMA = (9, 0)
-
-
-@jit
-def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which tile a program makes: down GROUP_M row tiles, then on to the next column tile."""
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    inside = program % (GROUP_M * tiles_n)
-    return group * GROUP_M + inside % height, inside // height
-
-
-@jit
-def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for rows of weights to be brought into L2, a cache line of 64 elements of two bytes at a time.
-
-    They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
-    """
-    lines = tl.arange(0, BLOCK_K // 64) * 64
-    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
-    for k in range(first, last, BLOCK_K):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [row_ptrs + tl.minimum(k + lines, last - 1)[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@jit
-def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    return acc
-
-
-@jit
-def epilogue(acc, parameter, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The activation of sums whose result is in half precision."""
-    return gelu_to_half(acc) if ACTIVATION == "gelu" else activate(acc, parameter, ACTIVATION)
-
-
-@jit
-def _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):  # type: ignore[no-untyped-def]
-    if residual_ptr is not None:
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        ptrs = residual_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :]
-        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    return acc
+PREFETCHED = 2**24  # bytes of weights that are brought into L2 while the kernel ahead still runs
 
 
 @jit
@@ -151,99 +101,11 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if SPLITS == 1:
         acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-        acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+        acc = with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
         tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         partial_ptr = out_ptr + split.to(tl.int64) * M * N
         tl.store(partial_ptr + offsets, acc, mask=inside)
-
-
-@jit
-def _store_tile(  # type: ignore[no-untyped-def]
-    out_desc,
-    bias_ptr,
-    residual_ptr,
-    acc,
-    row,
-    column,
-    M,
-    N,
-    stride_rm,
-    parameter,
-    ACTIVATION: tl.constexpr,
-):
-    """Finish sums, and store them by TMA, which leaves out what is past the end."""
-    rows = row + tl.arange(0, acc.shape[0])
-    columns = column + tl.arange(0, acc.shape[1])
-    acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-    acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
-    out_desc.store([row, column], acc.to(out_desc.dtype))
-
-
-@jit
-def _linear_tma_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,
-    weight_ptr,
-    x_desc,
-    weight_desc,
-    bias_ptr,
-    residual_ptr,
-    out_desc,
-    M,
-    N,
-    K,
-    stride_wn,
-    stride_rm,
-    parameter,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HALVES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_all(PDL)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS)
-    if PDL == 2 and PREFETCH:
-        _, tile_n = tile_of(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        first = tl.program_id(0) // tiles * steps * BLOCK_K
-        columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
-        end = tl.minimum(first + steps * BLOCK_K, K)
-        prefetch_weights(weight_ptr, columns, stride_wn, first, end, BLOCK_K)
-    wait_for_inputs(PDL)
-    for part in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = tile_of(part % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        split = part // tiles
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps):
-            k = (split * steps + step) * BLOCK_K  # past the end TMA reads zeros
-            x = x_desc.load([row, k])
-            acc = dot(x, weight_desc.load([column, k]).T, acc)
-        if SPLITS == 1 and HALVES:  # one after the other: half the shared memory, and fewer registers
-            HALF: tl.constexpr = BLOCK_N // 2
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-            _store_tile(
-                out_desc, bias_ptr, residual_ptr, left, row, column, M, N, stride_rm, parameter, ACTIVATION
-            )
-            column += HALF
-            _store_tile(
-                out_desc, bias_ptr, residual_ptr, right, row, column, M, N, stride_rm, parameter, ACTIVATION
-            )
-        elif SPLITS == 1:
-            _store_tile(
-                out_desc, bias_ptr, residual_ptr, acc, row, column, M, N, stride_rm, parameter, ACTIVATION
-            )
-        else:
-            rows = row + tl.arange(0, BLOCK_M)
-            columns = column + tl.arange(0, BLOCK_N)
-            inside = (rows < M)[:, None] & (columns < N)[None, :]
-            offsets = (split.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
-            tl.store(out_ptr + offsets, acc, mask=inside)
 
 
 @jit
@@ -269,7 +131,7 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
     size = tl.cast(M, tl.int64) * N  # one row is a constant, which has no method for it
     acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], size, SPLITS)
     acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
-    acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
+    acc = with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])
 
 
@@ -314,18 +176,20 @@ def products(
     out = x.new_empty(shape, dtype=dtype)
     stride_rm = 0 if residual is None else residual.stride(0)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
-    constants["PREFETCH"] = M <= FEW_ROWS and weight.stride(1) == 1
+    few = M <= FEW_ROWS
     if tma:
+        constants["PREFETCH"] = few or weight.nbytes <= PREFETCHED
+        constants["RESIDENT"] = tma == RESIDENT
         parts = splits * triton.cdiv(M, m) * triton.cdiv(N, n)
         programs = parts if tma == EACH else min(parts, processors(x.device))
         moved = described(x, m, k), described(weight, n, k)
-        result = described(out, m, n // 2 if constants["HALVES"] else n) if splits == 1 else None
+        result = described(out, m, n) if splits == 1 else None
         numbers = M, N, K, weight.stride(0), stride_rm, parameter
         args = out, weight, *moved, bias, residual, result
         launch(_linear_tma_kernel, (programs,), *args, *numbers, **constants)
         return out
     strides = x.stride(0), weight.stride(0), weight.stride(1), stride_rm
-    constants["EVEN_K"] = K % (k * splits) == 0
+    constants["PREFETCH"], constants["EVEN_K"] = few and weight.stride(1) == 1, K % (k * splits) == 0
     grid = triton.cdiv(M, m) * triton.cdiv(N, n), splits
     launch(_linear_kernel, grid, x, weight, bias, residual, out, M, N, K, *strides, parameter, **constants)
     return out
@@ -381,7 +245,7 @@ def chosen(
     chip = Chip(processors(x.device), shared_memory(x.device))
     named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed, residual
     candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished, residual)
-    return choose(_linear_kernel, x.device, named, candidates)
+    return choose(_linear_tma_kernel if tma else _linear_kernel, x.device, named, candidates)
 
 
 def takes_tma(x: torch.Tensor, weight: torch.Tensor) -> bool:

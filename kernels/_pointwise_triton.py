@@ -9,6 +9,7 @@ cast.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from graphopt.kernels._activations import TORCH
 from graphopt.kernels._activations_triton import activate
-from graphopt.kernels._program import COMPARISONS, FUNCTIONS, Operand, parse, typed
+from graphopt.kernels._program import COMPARISONS, FUNCTIONS, REDUCTIONS, Operand, parse, typed
 from graphopt.kernels._triton import (
     INTERPRETED,
     compile_time,
@@ -39,12 +40,13 @@ _LN_2 = constant(0.6931471805599453)
 
 
 @dataclass(frozen=True)
-class _Step:
+class ProgramStep:
     """One step as the kernel reads it.
 
     Args:
         name: of the function.
-        kind: "activation", "unary", "power" (of a number that products or a square root make), or the name.
+        kind: "activation", "unary", "power" (of a number that products or a square root make), "reduction",
+            or the name.
         operands: for every operand, whether it is a value, and the value's place or the number.
         rounded: the type that what it reads is rounded to, or what it makes is (a cast); else empty.
     """
@@ -56,7 +58,7 @@ class _Step:
 
 
 @functools.lru_cache(maxsize=4096)
-def _steps(program: str, given: tuple[torch.dtype, ...]) -> tuple[_Step, ...]:
+def steps_of(program: str, given: tuple[torch.dtype, ...]) -> tuple[ProgramStep, ...]:
     """The steps of a program whose inputs have these types."""
     dtypes = typed(program, given)
     steps = []
@@ -71,39 +73,45 @@ def _steps(program: str, given: tuple[torch.dtype, ...]) -> tuple[_Step, ...]:
             if not isinstance(o, str)
         )
         rounded = own if name in COMPARISONS else made if name == "to" else torch.float32
-        kind = "activation" if name in TORCH else "unary" if FUNCTIONS[name].arity == 1 else name
+        kind = _kind(name)
         if name == "pow" and not read[1][0] and (read[1][1] in range(-8, 9) or abs(read[1][1]) == 0.5):
             kind = "power"
         narrow = rounded in (torch.float16, torch.bfloat16)
-        steps.append(_Step(name, kind, read, str(rounded).removeprefix("torch.") if narrow else ""))
+        steps.append(ProgramStep(name, kind, read, str(rounded).removeprefix("torch.") if narrow else ""))
     return tuple(steps)
+
+
+def _kind(name: str) -> str:
+    if name in REDUCTIONS:
+        return "reduction"
+    return "activation" if name in TORCH else "unary" if FUNCTIONS[name].arity == 1 else name
 
 
 # What the kernel asks while it is compiled
 
 
 @compile_time
-def _name(steps: tuple[_Step, ...], step: int) -> str:
+def name_of(steps: tuple[ProgramStep, ...], step: int) -> str:
     return steps[step].name
 
 
 @compile_time
-def _kind(steps: tuple[_Step, ...], step: int) -> str:
+def kind_of(steps: tuple[ProgramStep, ...], step: int) -> str:
     return steps[step].kind
 
 
 @compile_time
-def _rounded(steps: tuple[_Step, ...], step: int) -> str:
+def _rounded(steps: tuple[ProgramStep, ...], step: int) -> str:
     return steps[step].rounded
 
 
 @compile_time
-def _is_value(steps: tuple[_Step, ...], step: int, which: int) -> bool:
+def _is_value(steps: tuple[ProgramStep, ...], step: int, which: int) -> bool:
     return which < len(steps[step].operands) and steps[step].operands[which][0]
 
 
 @compile_time
-def _number(steps: tuple[_Step, ...], step: int, which: int) -> int | float:
+def _number(steps: tuple[ProgramStep, ...], step: int, which: int) -> int | float:
     return steps[step].operands[which][1] if which < len(steps[step].operands) else 0
 
 
@@ -111,7 +119,7 @@ def _number(steps: tuple[_Step, ...], step: int, which: int) -> int | float:
 
 
 @jit
-def _operand(values, STEPS: tl.constexpr, STEP: tl.constexpr, WHICH: tl.constexpr):  # type: ignore[no-untyped-def]
+def operand_of(values, STEPS: tl.constexpr, STEP: tl.constexpr, WHICH: tl.constexpr):  # type: ignore[no-untyped-def]
     NUMBER: tl.constexpr = _number(STEPS, STEP, WHICH)
     if _is_value(STEPS, STEP, WHICH):  # noqa: SIM108 - a branch that is not taken is not compiled
         value = values[NUMBER]
@@ -233,13 +241,13 @@ def _of_one(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _step(values, STEPS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def made_by(values, STEPS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """The value that a step makes of those before it."""
-    NAME: tl.constexpr = _name(STEPS, STEP)
-    KIND: tl.constexpr = _kind(STEPS, STEP)
+    NAME: tl.constexpr = name_of(STEPS, STEP)
+    KIND: tl.constexpr = kind_of(STEPS, STEP)
     ROUNDED: tl.constexpr = _rounded(STEPS, STEP)
-    a = _operand(values, STEPS, STEP, 0)
-    b = _operand(values, STEPS, STEP, 1)
+    a = operand_of(values, STEPS, STEP, 0)
+    b = operand_of(values, STEPS, STEP, 1)
     if KIND == "activation":
         out = activate(a, b, NAME)
     elif KIND == "unary":
@@ -247,12 +255,15 @@ def _step(values, STEPS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-u
     elif KIND == "to":
         out = _as(a.to(tl.float32), ROUNDED)
     elif KIND == "where":
-        out = tl.where(a, b, _operand(values, STEPS, STEP, 2))
+        out = tl.where(a, b, operand_of(values, STEPS, STEP, 2))
     elif KIND == "power":
         out = _small_power(a, _number(STEPS, STEP, 1))
     elif KIND == "pow":
-        zeros = tl.zeros(values[0].shape, tl.float32)
-        out = _pow(zeros + a, zeros + b)
+        if _is_value(STEPS, STEP, 0):
+            b = tl.zeros_like(a) + b
+        else:
+            a = tl.zeros_like(b) + a
+        out = _pow(a, b)
     else:
         if _is_value(STEPS, STEP, 0):
             a = _as(a, ROUNDED)
@@ -263,7 +274,7 @@ def _step(values, STEPS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-u
 
 
 @jit
-def _offset(place, SIZES: tl.constexpr, STRIDES: tl.constexpr, INPUT: tl.constexpr):  # type: ignore[no-untyped-def]
+def offset_of(place, SIZES: tl.constexpr, STRIDES: tl.constexpr, INPUT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where an input's elements lie: a stride an axis, innermost first; the outermost needs no size."""
     offset = tl.zeros_like(place)
     rest = place
@@ -271,6 +282,15 @@ def _offset(place, SIZES: tl.constexpr, STRIDES: tl.constexpr, INPUT: tl.constex
         offset += rest % SIZES[axis] * STRIDES[INPUT][axis]
         rest = rest // SIZES[axis]
     return offset + rest * STRIDES[INPUT][len(SIZES)]
+
+
+@jit
+def load(ptr, offset, seen):  # type: ignore[no-untyped-def]
+    """Values in float32, booleans as they are; 0 where nothing is seen."""
+    x = tl.load(ptr + offset, mask=seen, other=0)
+    if x.dtype != tl.int1:
+        x = x.to(tl.float32)
+    return x
 
 
 @jit
@@ -294,12 +314,10 @@ def _pointwise_kernel(  # type: ignore[no-untyped-def]
     wait_for_inputs(PDL)
     values = ()
     for i in tl.static_range(len(STRIDES)):
-        x = tl.load(input_ptrs[i] + _offset(place, SIZES, STRIDES, i), mask=seen, other=0)
-        if x.dtype != tl.int1:
-            x = x.to(tl.float32)
+        x = load(input_ptrs[i], offset_of(place, SIZES, STRIDES, i), seen)
         values = values + (x,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
     for i in tl.static_range(len(STEPS)):
-        values = values + (_step(values, STEPS, i),)  # type: ignore[assignment]  # noqa: RUF005
+        values = values + (made_by(values, STEPS, i),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(out_ptr + place, values[len(STRIDES) + len(STEPS) - 1], mask=seen)
 
 
@@ -333,17 +351,19 @@ def run(inputs: Sequence[torch.Tensor], program: str) -> torch.Tensor:
     out = inputs[0].new_empty(shape, dtype=typed(program, dtypes)[-1])
     elements = out.numel()
     sizes, strides = merged_axes(shape, [x.expand(shape).stride() for x in inputs])
-    furthest = max(
-        elements,
-        *(sum((n - 1) * s for n, s in zip(shape, x.expand(shape).stride(), strict=True)) for x in inputs),
-    )
     key = (elements, program, dtypes, sizes, strides)
     config = choose(_pointwise_kernel, out.device, key, _configs(elements, out.device))
     grid = (-(-elements // config.tiles["BLOCK"]),)
-    constants: dict[str, Any] = {"STEPS": _steps(program, dtypes), "SIZES": sizes, "STRIDES": strides}
-    wide = furthest >= 2**31 - 2**16  # with room for the last block's end
+    constants: dict[str, Any] = {"STEPS": steps_of(program, dtypes), "SIZES": sizes, "STRIDES": strides}
+    wide = is_wide(shape, inputs)
     launch(_pointwise_kernel, grid, out, tuple(inputs), elements, **constants, WIDE=wide, **config.options)
     return out
+
+
+def is_wide(shape: torch.Size, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether offsets into the result or an input that is expanded to its shape need 64 bits."""
+    ends = (sum((n - 1) * s for n, s in zip(shape, x.expand(shape).stride(), strict=True)) for x in inputs)
+    return max(math.prod(shape), *ends) >= 2**31 - 2**16  # with room for the last block's end
 
 
 def merged_axes(

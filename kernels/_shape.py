@@ -88,6 +88,30 @@ def total_bytes(x: torch.Tensor, residual: torch.Tensor) -> int:
     return x.numel() * torch.promote_types(x.dtype, residual.dtype).itemsize
 
 
+def is_channels_last(x: torch.Tensor) -> bool:
+    """True where the channels of each pixel, more than one, lie together, and the pixels one after the other.
+
+    Asking adds no guard on dynamic dimensions. The stride from image to image may be any.
+    """
+    if x.dim() not in _CHANNELS_LAST or same_size(x.shape[1], 1):
+        return False
+    apart = 1
+    for dim in (1, *range(x.dim() - 1, 1, -1)):
+        if not same_size(x.stride(dim), apart):
+            return False
+        apart = apart * x.shape[dim]
+    return True
+
+
+def memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """That of a convolution's result: channels last where one of these images or filters is."""
+    found = (_CHANNELS_LAST[x.dim()] for x in tensors if is_channels_last(x))
+    return next(found, torch.contiguous_format)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def nbytes(*tensors: torch.Tensor | None) -> int:
     """Bytes of the tensors together, each read or written once; None counts nothing."""
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)

@@ -16,6 +16,8 @@ These rules keep that right; ``wait_for_all`` and ``wait_for_inputs`` are how a 
 - The wait stands in no loop. Triton's pipeliner moves the loads of a loop's first turns ahead of the loop,
   and so past a wait inside it.
 - Memory is counted on by nobody before it is written: no counter or semaphore has to be zero at entry.
+- A kernel that waits for another stream as well is launched without (``behind_edge``): its own wait would be
+  for the kernel before it on its stream.
 - TMA descriptors are passed by value. They hold an address, as a pointer does: in a CUDA graph that of its
   own memory, or of a constant, which both stay as long as the graph.
 
@@ -50,9 +52,11 @@ __all__ = [
     "INTERPRETED",
     "OLDEST",
     "WITH_PDL",
+    "Edge",
     "Gpu",
     "Launch",
     "as_rows",
+    "behind_edge",
     "capability",
     "compile_ahead",
     "compile_time",
@@ -82,6 +86,7 @@ _INTERPRETED = None if tl is None else tl.constexpr(INTERPRETED)  # as a kernel 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("graphopt_recorded_launches", default=None)
 _constants: ContextVar[frozenset[int] | None] = ContextVar("graphopt_prefetched_weights", default=None)
+_edge: ContextVar[Edge | None] = ContextVar("graphopt_edge_between_streams", default=None)
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,31 @@ def prefetched_weights(constants: Iterable[torch.Tensor]) -> Iterator[None]:
         _constants.reset(token)
 
 
+@dataclass
+class Edge:
+    """Whether a stream has come to wait for another one, and launched no kernel of ours since.
+
+    Args:
+        pending: it has; the next kernel is launched when all that it waits for is done.
+    """
+
+    pending: bool = False
+
+
+@contextlib.contextmanager
+def behind_edge(edge: Edge) -> Iterator[None]:
+    """Let the first kernel inside the block be no dependent launch, where an edge is pending.
+
+    A dependent launch is about the kernel before it on its own stream. The edge is settled by a kernel of
+    ours only: whether a call of ATen launched one, nobody knows.
+    """
+    token = _edge.set(edge)
+    try:
+        yield
+    finally:
+        _edge.reset(token)
+
+
 def dependence(device: torch.device, early: Iterable[torch.Tensor]) -> int:
     """How a kernel depends on those before it: the value of its ``PDL``.
 
@@ -256,6 +286,10 @@ def dependence(device: torch.device, early: Iterable[torch.Tensor]) -> int:
     Returns:
         0 without programmatic dependent launch, 1 with it, 2 where it may read weights before it waits.
     """
+    edge = _edge.get()
+    if edge is not None and edge.pending:
+        edge.pending = False
+        return 0
     if INTERPRETED or capability(device) < WITH_PDL:
         return 0
     constants = _constants.get()

@@ -144,6 +144,22 @@ def tune(
     Raises:
         RuntimeError: all candidates of a kernel fail; says why the first did.
     """
+    results: list[Tuned] = []
+    asked: set[tuple[str, str, Key]] = set()
+    while True:
+        # One at a time: what is found for a product may make the kernel behind it another one.
+        found = (q for q in _questions(launcher, args, kwargs) if again or _known.get(q.identity) is None)
+        question = next((q for q in found if q.identity not in asked), None)
+        if question is None:
+            return results
+        asked.add(question.identity)
+        results.append(_tune_one(question, lambda: launcher(*args, **kwargs), timer or interleaved))
+
+
+def _questions(
+    launcher: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[_Question]:
+    """What a launcher asks, in its order, with what is known by now."""
     questions: list[_Question] = []
     token = _asked.set(questions)
     try:
@@ -151,11 +167,7 @@ def tune(
             launcher(*args, **kwargs)
     finally:
         _asked.reset(token)
-    unique = {q.identity: q for q in questions if again or _known.get(q.identity) is None}
-    return [
-        _tune_one(question, lambda: launcher(*args, **kwargs), timer or interleaved)
-        for question in unique.values()
-    ]
+    return questions
 
 
 def _tune_one(question: _Question, run: Callable[[], Any], timer: Timer) -> Tuned:

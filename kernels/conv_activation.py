@@ -3,8 +3,8 @@
     out = act(conv(x, weight) + bias + residual)
 
 ``act`` is one of the activations in ``_activations.py``; with "none" it is left out. The residual comes
-before the activation, as in a residual network's block. There is no Triton kernel of it: on a GPU cuDNN
-makes the convolution, and where the activation is a relu the rest in the same kernel.
+before the activation, as in a residual network's block. The result is channels last where an operand is, as
+PyTorch's convolutions have it. The Triton kernel (``_conv_triton.py``) takes images that are channels last.
 
 Source: He et al., Deep Residual Learning for Image Recognition (arXiv:1512.03385).
 """
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._conv_triton import convolve, refuse_convolution
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import memory_format, nbytes, require, require_floating, shape_of
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
@@ -57,7 +58,7 @@ def _shape(
         residual: the result's shape, x's dtype; None for zeros.
 
     Returns:
-        An empty (B, O, ...) of x's dtype.
+        An empty (B, O, ...) of x's dtype, channels last where x or the weight is.
 
     Raises:
         ValueError: a shape or dtype does not fit, or the activation is not known.
@@ -82,7 +83,7 @@ def _shape(
     shape = (x.shape[0], weight.shape[0], *sizes)
     fits = residual is None or tuple(residual.shape) == shape
     require(fits, f"conv_activation: residual {shape_of(residual)} is not the result's {shape}")
-    return x.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, weight))
 
 
 def _reference(
@@ -98,7 +99,8 @@ def _reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = _CONVOLUTIONS[x.dim() - 2](x, weight, bias_O, stride, padding, dilation, groups)
-    return TORCH[activation](out if residual is None else out + residual, parameter).contiguous()
+    out = TORCH[activation](out if residual is None else out + residual, parameter)
+    return out.contiguous(memory_format=memory_format(x, weight))
 
 
 def _cost(
@@ -162,6 +164,10 @@ def _samples() -> Iterator[Sample]:
     cube = weight[:, :, None], bias, [1] * 3, [0] * 3, [1] * 3, 1
     yield Sample((volume, *cube, "relu"), label="three dimensions")
     yield Sample((100 * x, weight, bias, *plain, "silu"), label="large magnitudes")
+    last = [v.to(memory_format=torch.channels_last) for v in (x, weight, torch.randn(2, 8, 9, 7))]
+    yield Sample((*last[:2], bias, *plain, "gelu"), label="channels last")
+    yield Sample((*last[:2], bias, *plain, "relu", 1.0, last[2]), label="channels last, a residual")
+    yield Sample((x, last[1], None, [2, 1], [0, 2], [1, 1]), label="a filter that is channels last")
 
 
 def _bad_samples() -> Iterator[BadSample]:
@@ -175,4 +181,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, weight, None, *plain, 1, "relu", 1.0, x), match="is not the result's")
 
 
-OP = register(Op("conv_activation", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+FACE = TritonFace(convolve, refuse_convolution)  # with its first seven arguments, that of aten.conv2d
+OP = register(Op("conv_activation", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, FACE))

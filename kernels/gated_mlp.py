@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._linear_configs import FEW_ROWS, Chip, gated_configs
-from graphopt.kernels._linear_triton import epilogue, prefetch_weights, refuse_product, tile_of, with_bias
+from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
+from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 from graphopt.kernels._triton import (

@@ -134,7 +134,8 @@ def _refuse_values(site: Site, layer: Layer, moves: tuple[fx.Node, ...]) -> str 
         return "the convolution pads with zeros, which do not become the constant that is added"
     weight, bias = _new_weights(site, layer, scale, shift)
     dtype = layer.weight.meta["val"].dtype
-    reason = refuse_range(weight, layer.wide_weight(), dtype)
+    row = (1, 3) if layer.kind == "lookup" else (2, 3)  # of a table: what is looked up together
+    reason = refuse_range(weight, layer.wide_weight(), dtype, row)
     if reason is None and bias is not None:
         reason = refuse_range(bias, bias, dtype)
     return reason

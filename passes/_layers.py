@@ -11,6 +11,7 @@ from torch import fx
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import argument, arguments
+from graphopt.kernels._shape import memory_format
 
 aten = torch.ops.aten
 
@@ -98,13 +99,15 @@ class Layer:
         return None if bias is None else bias.double()
 
     def narrow_weight(self, wide: torch.Tensor) -> torch.Tensor:
-        """Undo ``wide_weight``."""
-        like = self.weight.meta["val"]
+        """Undo ``wide_weight``; filters stay channels last, so that nobody has to turn them at each call."""
+        like = self.graph.constant(self.weight)
+        assert like is not None
         if self.kind == "lookup":
             wide = wide[0, :, :, 0].t()
         elif self.node.target in TRANSPOSED:
             wide = wide.transpose(1, 2)
-        return wide.reshape(tuple(like.shape)).to(like.dtype).contiguous()
+        narrow = wide.reshape(like.shape).to(like.dtype)
+        return narrow.contiguous(memory_format=memory_format(like))
 
     def pads(self) -> bool:
         """True when the border of a result sees fewer pixels than its middle: the rest is zeros."""
@@ -159,21 +162,33 @@ def bias_of_both(first: Layer, second: Layer, matrix: torch.Tensor) -> torch.Ten
     return matrix @ inner if own is None else own + matrix @ inner
 
 
-def refuse_range(wide: torch.Tensor, was: torch.Tensor, dtype: torch.dtype) -> str | None:
+def refuse_range(
+    wide: torch.Tensor, was: torch.Tensor, dtype: torch.dtype, summed: tuple[int, ...] = ()
+) -> str | None:
     """Why a weight computed in float64 does not fit its type, or None.
+
+    A number below the smallest normal one, tiny, is off by up to u * tiny when it is rounded (u is half a
+    unit in the last place), any other by u times itself. So the few small weights that every layer has cost
+    nothing, and a row of nothing else has lost its digits. A row is refused where the 2-norm of what its
+    small weights may add exceeds u times the row's own: where rounding would cost more than sqrt(2) times
+    what it always does. Both are taken at the scale that the weights had, since a column that shrinks meets
+    an input that is as much larger.
 
     Args:
         wide: the new weight.
-        was: the old one, any shape; what was too small to be a normal number before may stay so.
+        was: the old one, of the same shape; what was too small to be a normal number before may stay so.
         dtype: of both.
+        summed: the dimensions along which products with the weight are added: those of a row.
     """
-    if not torch.isfinite(wide).all() or bool((wide.abs() > torch.finfo(dtype).max).any()):
+    info = torch.finfo(dtype)
+    if not torch.isfinite(wide).all() or bool((wide.abs() > info.max).any()):
         return f"the new weights would overflow {dtype}"
-
-    def tiny(values: torch.Tensor) -> int:
-        return int(((values != 0) & (values.abs() < torch.finfo(dtype).tiny)).sum())
-
-    return f"the new weights would underflow {dtype}" if tiny(wide) > tiny(was) else None
+    small = (wide != 0) & (wide.abs() < info.tiny) & (was.abs() >= info.tiny)
+    if not small.any():
+        return None
+    added = torch.where(small, info.tiny * was / wide, 0.0).square().sum(summed)
+    lost = bool((added > was.square().sum(summed)).any())
+    return f"the new weights would underflow {dtype}" if lost else None
 
 
 def also_read(node: fx.Node, by: fx.Node) -> str | None:

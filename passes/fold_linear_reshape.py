@@ -6,7 +6,6 @@ whole feed-forward block whose model flattens batch and positions around it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +17,10 @@ from graphopt.compiler.pass_ import Pass, register
 from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape, same_size
 from graphopt.ir.pattern import Match
-from graphopt.passes._axes import ELEMENTWISE, mixed_dims, shape
+from graphopt.passes._axes import shape
+from graphopt.passes._rows import operands, recomputed, sizes
 
 aten = torch.ops.aten
-
-_FEATURES = {  # what works along one dimension, with the position of that argument; None where it is the last
-    aten.layer_norm.default: None,
-    aten.rms_norm.default: None,
-    aten.softmax.int: 1,
-    aten.cat.default: 1,
-    aten.slice.Tensor: 1,
-    aten.split.Tensor: 2,
-    aten.split_with_sizes.default: 2,
-}
 
 
 @dataclass
@@ -88,12 +78,7 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     found: _Region = match["region"]
     new: dict[fx.Node, Any] = {flat: flat.args[0] for flat in found.flats}
     for node in sorted(found.inner):
-        args = list(fx.map_arg(node.args, lambda source: new.get(source, source)))
-        target: Any = node.target
-        at = _FEATURES.get(target)
-        if at is not None:
-            args[at] = -1
-        new[node] = rewriter.call(target, *args, **node.kwargs)
+        new[node] = recomputed(rewriter, node, new)
     for end in sorted(found.ends):
         rewriter.replace(end, new[end.args[0]])  # type: ignore[index]
 
@@ -130,36 +115,9 @@ def _is_flat(node: fx.Node) -> bool:
 
 
 def _operands(node: Any) -> list[fx.Node] | None:
-    """The sources of a call with a row for each of its rows; None when it is no value of rows."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or len(_sizes(node)) != 2:
-        return None
-    if node.target is aten.linear.default or (node.target is operator.getitem and _is_split(node.args[0])):
-        found = node.all_input_nodes[:1]
-    elif node.target in ELEMENTWISE or node.target is aten.cat.default:
-        found = [source for source in node.all_input_nodes if _has_rows(source, node)]
-    else:
-        found = node.all_input_nodes[:1] if node.target in _FEATURES else []
-    if node.target in _FEATURES and (
-        mixed_dims(node) != {-1} or len(node.args) <= (_FEATURES[node.target] or 0)
-    ):
-        return None
-    return found if found and all(_has_rows(source, node) for source in found) else None
-
-
-def _has_rows(source: fx.Node, node: fx.Node) -> bool:
-    sizes, rows = _sizes(source), _sizes(node)[0]
-    return (
-        len(sizes) == 2 and same_size(sizes[0], rows) and (not same_size(rows, 1) or source.op != "get_attr")
-    )
-
-
-def _sizes(node: fx.Node) -> Any:
-    """The shape of a tensor, that of the source for its parts, and () for what is neither."""
-    return shape(node) if isinstance(node.meta.get("val"), torch.Tensor) or _is_split(node) else ()
-
-
-def _is_split(node: Any) -> bool:
-    return node.target in (aten.split.Tensor, aten.split_with_sizes.default)
+    """The sources that a call on flat rows has a row of for each of its rows, or None."""
+    found = operands(node)
+    return found if found is not None and len(sizes(node)) == 2 else None
 
 
 PASS = register(Pass("fold_linear_reshape", "fold", pattern, rewrite, check))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,20 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 
 from graphopt.bench.peer import Mode, Problem, Run
 from graphopt.errors import LoweringError
+from graphopt.runtime.onnx_translation import quiet
 
 _CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 
 def export_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """PyTorch's own ONNX export of a model, as anybody gets it."""
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with _quiet(), torch.no_grad():
+    with quiet(), _unprinted(), torch.no_grad():
         return torch.onnx.export(model, args, kwargs=dict(kwargs), dynamo=True, verbose=False)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _unprinted() -> contextlib.AbstractContextManager[Any]:
     """Advice of converters, which nobody asked for, is not printed."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _exported(problem: Problem) -> Path:
@@ -127,7 +122,7 @@ def _quantized(made: Callable[[Problem], Path]) -> Callable[[Problem], Run]:
         weights = {weight.name for weight in model.graph.initializer}
         for value in [value for value in model.graph.value_info if value.name in weights]:
             model.graph.value_info.remove(value)  # it transposes weights, and trips over their old shapes
-        with _quiet():
+        with quiet(), _unprinted():
             quantize_dynamic(model, quantized, per_channel=True)
         return _session(problem, quantized, _provider(problem))
 

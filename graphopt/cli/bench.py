@@ -58,8 +58,7 @@ def bench(
         typer.Option(metavar="DTYPE,DTYPE", help="float32, float16, bfloat16; by default as it is."),
     ] = None,
     precision: Annotated[
-        str,
-        typer.Option(metavar="NAME,NAME", help="Also those that optimize takes: bf16, fp8, int8, int4, ..."),
+        str, typer.Option(metavar="NAME,NAME", help="Also those that optimize takes: bf16, int8, int4, ...")
     ] = "exact",
     device: Annotated[
         str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": where the model is.')

@@ -218,11 +218,12 @@ def _bytes(value: Any) -> int:
 
 
 def concrete(val: Any, device: str = "meta") -> Any:
-    """A fake value with numbers for its symbolic sizes; its tensors become empty ones on a device."""
+    """A fake value with numbers for its symbolic sizes; its tensors become empty ones of their layout."""
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return torch.empty(hint_shape(leaf), dtype=leaf.dtype, device=device)
+            strides = tuple(map(size_hint, leaf.stride()))
+            return torch.empty_strided(hint_shape(leaf), strides, dtype=leaf.dtype, device=device)
         return size_hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
 
     return pytree.tree_map(of_leaf, val)

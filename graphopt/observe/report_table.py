@@ -93,6 +93,7 @@ def _plan(report: Report) -> Table:
         table.caption = (
             f"{graphs['coverage']:.0%} of the nodes in {graphs['count']} CUDA graphs,"
             f" whose memory is {summary.size(graphs['bytes'])}"
+            + (f"; branches on {graphs['streams']} streams" if graphs["streams"] > 1 else "")
         )
     return table
 

@@ -103,6 +103,15 @@ class Choosing:
         """All of them, in the order in which they were taken."""
         return list(self._decisions.values())
 
+    def measured(self) -> dict[str, float]:
+        """Microseconds of what was chosen, by node, where it was measured."""
+        return {
+            name: decision.us[decision.chosen.name]
+            for decision in self._decisions.values()
+            if decision.chosen.name in decision.us
+            for name in decision.nodes
+        }
+
     def settle(self) -> None:
         """Measure nothing from now on: what comes at a user's call is decided by what is known."""
         self._timed = False

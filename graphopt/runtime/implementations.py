@@ -22,6 +22,7 @@ from graphopt.kernels import (
 )
 from graphopt.kernels._activations import TORCH
 from graphopt.kernels._aten import triton_face
+from graphopt.kernels._conv_triton import convolve_as_product, is_product
 
 aten = torch.ops.aten
 
@@ -33,7 +34,8 @@ class Implementation:
     """One way to run a node.
 
     Args:
-        name: "triton", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient", "aten".
+        name: "triton", "triton product", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient",
+            "aten".
         run: takes what the node's target takes.
     """
 
@@ -79,7 +81,7 @@ def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Run]]:
-    """What NVIDIA's libraries have besides what ATen chooses by itself."""
+    """What there is between an op's own kernel and what ATen chooses by itself: NVIDIA's libraries mostly."""
     if target is linear_activation.OP.overload:
         if _epilogue_fits(*args, **kwargs):
             yield "cublaslt", _linear_epilogue
@@ -89,7 +91,9 @@ def _library(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iter
     elif target is float8_linear.OP.overload:
         if _scaled_fits(*args, **kwargs):
             yield "cublaslt", _scaled_product
-    elif target is conv_activation.OP.overload:
+    elif target in (conv_activation.OP.overload, aten.conv2d.default):
+        if is_product(*args, **kwargs):
+            yield "triton product", convolve_as_product
         if _convolution_fits(*args, **kwargs):
             yield "cudnn", _convolution_relu
     elif target is attention.OP.overload:
@@ -200,10 +204,10 @@ def _scaled_product(
 def _convolution_fits(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     activation: str = "none",
     parameter: float = 1.0,

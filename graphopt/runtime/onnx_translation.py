@@ -61,7 +61,7 @@ def translate(graph: Graph) -> tuple[ir.Model, dict[str, str]]:
     """
     from torch.onnx._internal.exporter import _core
 
-    with _quiet():
+    with quiet():
         program = _as_program(graph, _taken_apart(graph))
         found = _core._exported_program_to_onnx_program(program, registry=_exporter().registry)
         convert_version(found.model, OPSET, fallback=True)  # its translations are written for opset 18
@@ -102,7 +102,7 @@ def _exporter_with(ops: tuple[str, ...]) -> _Exporter:
     from torch.onnx._internal.exporter import _decomp, _registration
     from torch.onnx._internal.fx.passes.type_promotion import TypePromotionTable
 
-    with _quiet():
+    with quiet():
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
     for view in registry.get_decomps(aten.view.default):  # its own reshape takes a size of 0 for "as it was"
         registry.register_op(aten.reshape.default, view.onnx_function, is_complex=view.is_complex)
@@ -139,7 +139,7 @@ def _parts(node: fx.Node) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter warns about its own deprecations and logs what it lacks; the user asked for neither."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

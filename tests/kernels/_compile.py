@@ -78,12 +78,18 @@ def facts(launch: Launch, capability: tuple[int, int]) -> dict[str, Any]:
 
 def by_tma() -> Iterator[tuple[str, Launch]]:
     """Products as a GPU with a tensor memory accelerator makes them, in the likeliest tiles."""
-    for M, N, K in ((128, 2304, 768), (128, 768, 3072), (1024, 768, 768), (4096, 3072, 768)):
+    for M, N, K in ((128, 2304, 768), (128, 768, 3072), (1024, 3072, 768), (4096, 3072, 768)):
         config = linear_configs(M, N, K, 2, Chip(132, 232448), True, N < K, False)[0]
         x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
         with recorded_launches() as launches:
             products(x, weight, config, bias, "gelu")
         yield f"_linear_tma_kernel, {M}x{K} to {N}", launches[0]
+    M, N, K = 4096, 768, 768
+    config = linear_configs(M, N, K, 2, Chip(132, 232448), True, True, False, True)[0]
+    x, weight, bias, residual = (torch.randn(size).half() for size in ((M, K), (N, K), (N,), (M, N)))
+    with recorded_launches() as launches:
+        products(x, weight, config, bias, residual=residual)
+    yield f"_linear_tma_kernel, {M}x{K} to {N}, residual", launches[0]
 
 
 def float8_by_tma() -> Iterator[tuple[str, Launch]]:

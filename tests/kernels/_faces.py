@@ -6,6 +6,8 @@ Without a GPU kernels run in Triton's interpreter, with one they run compiled; `
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -47,6 +49,31 @@ def fenced(x: torch.Tensor, fence: float) -> tuple[torch.Tensor, torch.Tensor]:
     return buffer, inside
 
 
+@contextmanager
+def fenced_allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """Full of garbage between sentinels is all that launchers allocate inside the block: the list.
+
+    At the end of the block the sentinels must still be there.
+    """
+    buffers: list[torch.Tensor] = []
+    new_empty = torch.Tensor.new_empty
+
+    def fenced_empty(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(x, *size, **options)
+        if "device" in options:  # the interpreter's own
+            return made
+        buffer, inside = fenced(torch.full_like(made, _GARBAGE), _GARBAGE)
+        buffers.append(buffer)
+        return inside
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", fenced_empty)
+        yield buffers
+    for buffer in buffers:
+        assert (buffer[:FENCE] == _GARBAGE).all()
+        assert (buffer[-FENCE:] == _GARBAGE).all()
+
+
 def assert_fences_hold(op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Launch with inputs between values that spoil every result, and all that is allocated full of garbage
     between sentinels; neither may be seen in the results, nor be written over.
@@ -62,24 +89,9 @@ def assert_fences_hold(op: Op, sample: Sample, monkeypatch: pytest.MonkeyPatch) 
     expected = launched(op, sample)
     read = mapped(sample, lambda x: fenced(x, math.nan if x.is_floating_point() else 1)[1])
     before = [x.clone() for x in tensors(read)]
-    buffers = []
-    new_empty = torch.Tensor.new_empty
-
-    def fenced_empty(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
-        made = new_empty(x, *size, **options)
-        if "device" in options:  # the interpreter's own
-            return made
-        buffer, inside = fenced(torch.full_like(made, _GARBAGE), _GARBAGE)
-        buffers.append((buffer, inside.numel()))
-        return inside
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "new_empty", fenced_empty)
+    with fenced_allocations(monkeypatch) as made:
         found = launched(op, read)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(tensors(read), before, strict=True))
-    assert len(buffers) >= len(found)
-    for buffer, size in buffers:
-        assert (buffer[:FENCE] == _GARBAGE).all()
-        assert (buffer[FENCE + size :] == _GARBAGE).all()
+    assert len(made) >= len(found)
     return found

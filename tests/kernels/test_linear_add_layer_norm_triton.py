@@ -10,6 +10,7 @@ from graphopt.kernels import _linear_triton
 from graphopt.kernels import linear_add_layer_norm as module
 from graphopt.kernels._linear_configs import BY_CUBLAS, tiles
 from graphopt.kernels._rows import power_of_two
+from graphopt.kernels._triton import recorded_launches
 from graphopt.kernels._tuning import Config
 from tests.kernels._faces import DEVICE, MARKS, assert_fences_hold, launched
 from tests.kernels.test_ops import assert_right, cast, error, mapped, outputs
@@ -59,6 +60,32 @@ def test_every_number_of_rows_is_right(rows: int, monkeypatch: pytest.MonkeyPatc
     cut(monkeypatch, "2 parts", 37, rows)
     sample = drawn(13, 33, 37, torch.float16)
     assert_right(OP, sample, launched(OP, sample))
+
+
+@over_products
+@over_halves
+def test_of_many_rows_the_product_adds_all(
+    product: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its depth is not cut: then the norm reads nothing but the sum, which is rounded as torch's is."""
+    cut(monkeypatch, product, 37)
+    monkeypatch.setattr(module, "MANY_ROWS", 13)
+    for rows, whole in ((12, False), (13, product == "whole")):
+        sample = drawn(rows, 33, 37, dtype)
+        assert_right(OP, sample, launched(OP, sample))
+        with recorded_launches() as launches:
+            launched(OP, sample)
+        assert (launches[-1].args[1] is None) == whole
+    assert_fences_hold(OP, sample, monkeypatch)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_single_row(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is known when the kernel is compiled."""
+    cut(monkeypatch, "3 parts", 37, 1)
+    args = list(drawn(1, 33, 37, torch.float16).args)
+    args[2] = args[2] if bias else None
+    assert_right(OP, Sample(tuple(args)), launched(OP, Sample(tuple(args))))
 
 
 @over_products

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.kernels import _linear_triton, _triton
-from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, RESIDENT, Chip, linear_configs, tiles, tma_tiles
+from graphopt.kernels._linear_configs import (
+    BY_CUBLAS,
+    EACH,
+    RESIDENT,
+    Chip,
+    linear_configs,
+    tiles,
+    tma_tiles,
+)
 from graphopt.kernels._linear_triton import products, project
 from graphopt.kernels._tuning import Config
 
@@ -31,7 +39,6 @@ POINTERS = [tiles(16, 16, 16, 4, 2), tiles(16, 32, 32, 4, 2, group=1), tiles(32,
 TMA = [
     tma_tiles(64, 32, 32, 4, 2, tma=RESIDENT),
     tma_tiles(64, 16, 64, 4, 2, tma=EACH),
-    tma_tiles(64, 32, 32, 4, 2, halves=True),
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
@@ -39,6 +46,7 @@ PARTS = [pytest.param(tiles(16, 32, 32, 4, 2, splits=s), id=f"{s} parts") for s 
 PARTS += [
     pytest.param(tma_tiles(64, 32, 32, 4, 2, s, tma=EACH), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)
 ]
+CHIP = Chip(132, 227 * 1024)
 SIZES = [(5, 24, 40), (67, 104, 136)]  # no multiple of any tile, yet TMA's 16 bytes
 over_sizes = pytest.mark.parametrize(("M", "N", "K"), SIZES)
 over_halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -89,6 +97,24 @@ def test_parts_of_the_depth_add_up(config: Config, M: int, N: int, K: int, dtype
     assert all(torch.equal(parts, products(x, weight, config)) for _ in range(2))
 
 
+@needs_tma
+@pytest.mark.parametrize("config", [config for config in TMA if config.tiles["TMA"] == RESIDENT], ids=named)
+def test_programs_go_on_from_tile_to_tile(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU of one processor all tiles are those of one program, or two."""
+    monkeypatch.setattr(_linear_triton, "processors", lambda device: 1)
+    x, weight = factors(200, 104, 136, torch.float16)
+    exact = F.linear(x.double(), weight.double())
+    assert_as_exact(products(x, weight, config), exact.half(), exact)
+
+
+def test_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number is known when the kernels are compiled."""
+    monkeypatch.setattr(_linear_triton, "choose", lambda *_: PARTS[0].values[0])
+    x, weight = factors(1, 48, 72, torch.float16)
+    exact = F.linear(x.double(), weight.double())
+    assert_as_exact(project(x, weight), exact.half(), exact)
+
+
 @pytest.mark.parametrize("config", [*PARTS, pytest.param(BY_CUBLAS, id="cuBLAS")])
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_a_launcher_finishes_what_was_cut(
@@ -131,7 +157,7 @@ def test_gelu_of_the_epilogue(x: torch.Tensor) -> None:
 @pytest.mark.parametrize("then_summed", [False, True])
 def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, then_summed: bool) -> None:
     """227 KiB of shared memory hold the tiles under way, and no part of the depth is empty."""
-    found = linear_configs(*shape, 2, Chip(132, 227 * 1024), tma, then_summed, then_summed)
+    found = linear_configs(*shape, 2, CHIP, tma, then_summed, then_summed)
     assert 1 <= len(found) <= 12
     assert (BY_CUBLAS in found) == then_summed
     for config in (config for config in found if config != BY_CUBLAS):
@@ -141,13 +167,25 @@ def test_configurations_fit_a_processor(shape: tuple[int, int, int], tma: bool, 
         assert (cut["SPLITS"] - 1) * cut["BLOCK_K"] < shape[2] or cut["SPLITS"] == 1
 
 
-def test_a_residual_leaves_no_room_for_the_largest_tile_by_tma() -> None:
-    """128x256 finished whole needs 64 KB for itself, and as much again for the residual's way."""
+CHIP = Chip(132, 227 * 1024)
+
+
+def test_a_residual_leaves_no_room_for_the_largest_tile_of_a_resident_program() -> None:
+    """128x256 beside the next tile's factors needs 64 KB, and as much again for the residual's way."""
     plain, added = (
-        linear_configs(4096, 3072, 768, 2, Chip(132, 227 * 1024), True, False, True, residual)
-        for residual in (False, True)
+        linear_configs(4096, 3072, 768, 2, CHIP, True, False, True, residual) for residual in (False, True)
     )
     assert plain[0] == tma_tiles(128, 256, 64, 8, 3)
-    assert plain[0] not in added
-    assert tma_tiles(128, 256, 64, 8, 3, halves=True) in added
-    assert set(map(str, added)) < set(map(str, plain))
+    assert set(map(str, plain)) - set(map(str, added)) == {str(plain[0])}
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "expected"),
+    [
+        (4096, 3072, tma_tiles(128, 256, 64, 8, 3)),  # 384 tiles for 132 processors
+        (1024, 3072, tma_tiles(128, 128, 64, 4, 3, tma=EACH)),  # 192, two on a processor
+        (1024, 768, tma_tiles(64, 128, 128, 4, 4)),  # 96
+    ],
+)
+def test_the_first_choice_leaves_few_processors_idle(M: int, N: int, expected: Config) -> None:
+    assert linear_configs(M, N, 768, 2, CHIP, True, False, False)[0] == expected

@@ -215,3 +215,22 @@ def test_candidates_are_compiled_ahead_of_their_launch(monkeypatch: pytest.Monke
     (result,) = tune(linear_activation.FACE.launch, x, weight, bias, "relu", again=True)
     assert sum(us is not None for us in result.us) > 1
     assert compiled == []
+
+
+def test_of_a_second_kernel_only_the_one_is_tuned_that_the_first_ones_choice_brings() -> None:
+    """As the norm behind a product: in how many parts it adds up, the product's choice says."""
+    first, second = Kernel(), Kernel()
+
+    def run(x: torch.Tensor) -> None:
+        config = choose(first, x.device, ("product",), (SLOW, FAST))
+        launch(first, (1,), x, **config.options)
+        launch(
+            second,
+            (1,),
+            x,
+            **choose(second, x.device, ("norm", *config.tiles.values()), (SLOW, FAST)).options,
+        )
+
+    found = tune(run, X, timer=lambda thunks: [10.0 - place for place, _ in enumerate(thunks)])
+    assert [(result.key, result.config) for result in found] == [(("product",), FAST), (("norm", 2), FAST)]
+    assert tune(run, X, timer=lambda thunks: pytest.fail("all is known")) == []

@@ -146,10 +146,10 @@ def test_jsonable_knows_every_kind_of_value() -> None:
 def test_cuda_graphs_are_counted_over_the_steps() -> None:
     made = a_report()
     assert made.cuda_graphs is None
-    graphed = {"graphed_nodes": 6, "cuda_graphs": 2, "cuda_graph_bytes": 3 * 2**20}
+    graphed = {"graphed_nodes": 6, "cuda_graphs": 2, "cuda_graph_bytes": 3 * 2**20, "streams": 3}
     step = {"step": "region0", "device": "cuda:0", "executor": "cuda", "ops": {}}
     made.plan = [{**step, "nodes": 6, **graphed}, {**step, "nodes": 2, "executor": "eager"}]
-    assert made.cuda_graphs == {"coverage": 0.75, "count": 2, "bytes": 3 * 2**20}
+    assert made.cuda_graphs == {"coverage": 0.75, "count": 2, "bytes": 3 * 2**20, "streams": 3}
     assert made.to_dict()["cuda_graphs"] == made.cuda_graphs
     assert "75% of the nodes in 2 CUDA graphs, whose memory is 3.0 MiB" in str(made)
     assert "75 % of the nodes are in 2 CUDA graphs, whose memory is 3.0 MiB" in render(made)

@@ -221,6 +221,36 @@ def test_half_precision() -> None:
     run(PASS, model, X.bfloat16()).counts(batch_norm=0)
 
 
+def test_a_few_small_weights_in_half_precision() -> None:
+    """Some of 4608 weights leave the normal numbers: next to their neighbours what that costs is nothing."""
+    norm = nn.BatchNorm2d(8)
+    model = program(conv_then_norm, conv=nn.Conv2d(64, 8, 3), norm=norm).half()
+    with torch.no_grad():
+        model.conv.weight.copy_(randn(8, 64, 3, 3) / 24)
+        norm.weight.fill_(0.25)
+    tiny = torch.finfo(torch.half).tiny
+    before, after = ((scale * model.conv.weight).abs().lt(tiny).sum() for scale in (1, 0.25))
+    assert before < after
+    run(PASS, model, randn(1, 64, 6, 6).half(), redraw=False).counts(batch_norm=0)
+
+
+def test_a_channel_of_small_weights_in_half_precision_is_refused() -> None:
+    norm = nn.BatchNorm2d(6)
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=norm).half()
+    norm.weight.data[2] = 1e-4
+    run(PASS, model, X.half(), redraw=False).refuses("the new weights would underflow torch.float16")
+
+
+def test_filters_stay_channels_last() -> None:
+    norm = nn.BatchNorm2d(6)
+    model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=norm).to(memory_format=torch.channels_last)
+    ran = run(PASS, model, X.contiguous(memory_format=torch.channels_last))
+    (conv,) = ran.graph.fx.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)
+    weight = ran.graph.constant(conv.args[1])
+    assert weight is not None
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_dynamic_sizes() -> None:
     model = program(conv_then_norm, conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(6))
     ran = run(PASS, model, X, dynamic={"x": {0: "batch", 2: "height"}}).counts(batch_norm=0)

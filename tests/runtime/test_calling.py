@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from typing import Any
 
@@ -230,6 +232,27 @@ def test_the_original_serves_what_does_not_fit_and_is_counted() -> None:
             opt(z=X)
     assert opt.fallbacks == 2
     assert not opt(X[:1], 1.0)["plain"].requires_grad
+
+
+def test_calls_of_many_threads_are_all_counted() -> None:
+    opt = optimized(X, more={"a": [A]}, on_mismatch="fallback")
+
+    def call() -> None:
+        for _ in range(100):
+            with contextlib.suppress(TypeError):
+                opt(z=X)
+
+    often = sys.getswitchinterval()
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(often)
+    assert opt.fallbacks == 800
 
 
 def test_it_is_for_inference_only(fixed: OptimizedModel) -> None:

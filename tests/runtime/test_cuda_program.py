@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,6 +100,21 @@ def test_other_sizes_run_on_kernels_that_take_them() -> None:
 def test_a_convolutional_network() -> None:
     prepared = Prepared(cnn())
     prepared.agrees(prepared.inputs)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_convolutional_network_that_is_channels_last() -> None:
+    """No call of it gives up the layout, which is what the kernels for images take."""
+    example = cnn()
+    example.model.to(memory_format=torch.channels_last)
+    images = (value.contiguous(memory_format=torch.channels_last) for value in example.args)
+    prepared = Prepared(replace(example, args=tuple(images)))
+    prepared.agrees(prepared.inputs)
+    rows = prepared.program.describe()["kernels"]
+    assert {row["op"] for row in rows} >= {"graphopt.conv_activation", "aten.conv2d", "aten.max_pool2d"}
+    if _triton.INTERPRETED:
+        chosen = {row["chosen"] for row in rows if "conv" in row["op"] or "pool" in row["op"]}
+        assert chosen == {"triton"}
 
 
 @pytest.mark.usefixtures("stand_in")

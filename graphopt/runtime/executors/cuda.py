@@ -6,6 +6,7 @@ signature is given to the fastest of its implementations that is as exact as the
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,16 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name
+from graphopt.compiler.device import device_limits
+from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name, writes_in_place
 from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors._protocol import KernelTime, Note
 from graphopt.runtime.graphed import Graphed
 from graphopt.runtime.joining import joined
 from graphopt.runtime.region import Region
+from graphopt.runtime.scheduling.branches import arranged
+from graphopt.runtime.side_streams import Beside, SideStreams, calls_of, compared, side_streams
 from graphopt.runtime.target import Target
 
 _PROFILED_RUNS = 5
@@ -39,25 +43,29 @@ class CudaProgram:
     Args:
         region: the region.
         device: that its tensors are on.
-        timed: measure implementations on the first inputs; otherwise each op takes its preferred one.
+        timed: measure implementations, and whether branches run side by side, on the first inputs; otherwise
+            each op takes its preferred one, and branches run in order.
     """
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
         self._region = replace(region, graph=joined(region.graph))
         self._nodes = len(region.graph.calls)
         self._device = device
+        self._timed = timed
+        self._beside: Beside | None = None
         self._choosing = Choosing(self._region.graph, timed=timed)
         # Weights are never written by the region; a user who writes one between two calls does so in the
         # stream's order, and a graph's first kernel starts when all before it is done.
         weights = [constant.tensor for constant in self._region.graph.constants.values()]
-        self._graphed = Graphed(device, self._specialise, lambda: prefetched_weights(weights))
+        self._during = functools.partial(_capturing, weights)
+        self._graphed = Graphed(device, self._specialise, self._during)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run on the current stream; returns fresh tensors."""
         return self._graphed.run(inputs)
 
-    def _specialise(self, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-        """The region with every call replaced by the implementation for these shapes.
+    def _specialise(self, inputs: Sequence[torch.Tensor]) -> fx.GraphModule | SideStreams:
+        """The region with every call replaced by the implementation for these shapes, on streams that pay.
 
         Only the first inputs are measured on: what comes at a user's call is decided by what is known.
         """
@@ -70,13 +78,35 @@ class CudaProgram:
         graph.output(graph.graph_copy(self._region.graph.fx, made))
         for node, run in chosen.runs.items():
             made[node].target = run
-        return fx.GraphModule(self._region.graph.module, graph)
+        module = fx.GraphModule(self._region.graph.module, graph)
+        return self._branched(module, made, inputs)
+
+    def _branched(
+        self, module: fx.GraphModule, made: dict[fx.Node, fx.Node], inputs: Sequence[torch.Tensor]
+    ) -> fx.GraphModule | SideStreams:
+        """The same with its branches on several streams, where a simulation and the first shape agree."""
+        calls = self._region.graph.calls
+        if not self._timed or self._device.type != "cuda" or any(map(writes_in_place, calls)):
+            return module
+        if self._beside is not None and not self._beside.pays:
+            return module
+        limits = device_limits(self._device)
+        arrangement = arranged(calls_of(self._region.graph, self._choosing.measured(), limits))
+        if arrangement.streams == 1:
+            return module
+        nodes = {node.name: made[node] for node in calls}
+        found = SideStreams(module, arrangement, nodes, self._device)
+        if self._beside is None:
+            with self._during():
+                self._beside = compared(found, inputs, self._device)
+        return found if self._beside.pays else module
 
     def describe(self) -> dict[str, Any]:
         """What the plan's row says of the program."""
         return {
             "graphed_nodes": self._nodes if self._graphed.captured else 0,
             **self._graphed.describe(),
+            "streams": self._beside.streams if self._beside is not None and self._beside.pays else 1,
             "kernels": [decision.to_dict() for decision in self._choosing.decisions],
         }
 
@@ -88,6 +118,9 @@ class CudaProgram:
             for decision in self._choosing.decisions
             if decision.us or decision.refused
         ]
+        if self._beside is not None:
+            reason = f"{self._region.name}: {self._beside.reason}"
+            notes.append(Note("analysis", self._region.graph.calls[0], reason))
         return [*notes, *graphless(self._region, self._graphed)]
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
@@ -97,7 +130,8 @@ class CudaProgram:
         time; what passes between two events with nothing between them is taken off.
         """
         results = self.run(inputs)
-        module = self._graphed.function(inputs)
+        function = self._graphed.function(inputs)
+        module = function.module if isinstance(function, SideStreams) else function
         assert isinstance(module, fx.GraphModule)
         rows: dict[str, list[KernelTime]] = {}
         kernels = {name: d.chosen.name for d in self._choosing.decisions for name in d.nodes}
@@ -173,6 +207,13 @@ def graphless(region: Region, graphed: Graphed) -> list[Note]:
         return []
     reason = f"{region.name} runs without a CUDA graph: {graphed.failure}"
     return [Note("missed", region.graph.calls[0], reason)]
+
+
+@contextmanager
+def _capturing(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Around a capture: branches may run side by side, and kernels read weights early."""
+    with prefetched_weights(weights), side_streams():
+        yield
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import is_getitem, is_symbolic
 from graphopt.ir.op import op_of
 from graphopt.runtime.executors._protocol import KernelTime, Note
-from graphopt.runtime.executors.cuda import graphless
+from graphopt.runtime.executors.cuda import computing, graphless, uncapturable
 from graphopt.runtime.graphed import Graphed
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
@@ -37,7 +37,10 @@ class InductorProgram:
         self._region = region
         self._device = device
         self._function = function
-        self._graphed = Graphed(device, lambda _: function) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._outside = _outside(region, device) if on_gpu else None
+        graphed = on_gpu and self._outside is None
+        self._graphed = Graphed(device, lambda _: function) if graphed else None
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the compiled code."""
@@ -67,7 +70,18 @@ class InductorProgram:
 
     def notes(self) -> list[Note]:
         """Why there is no CUDA graph."""
+        if self._outside is not None:
+            return [self._outside]
         return [] if self._graphed is None else graphless(self._region, self._graphed)
+
+
+def _outside(region: Region, device: torch.device) -> Note | None:
+    """The remark that a region is not tried as a CUDA graph, at the call that none can hold."""
+    for node in computing(region.graph):
+        reason = uncapturable(node, device)
+        if reason is not None:
+            return Note("missed", node, f"{region.name} runs without a CUDA graph: {reason}")
+    return None
 
 
 class Inductor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
@@ -13,7 +14,9 @@ from graphopt.compiler.cost import milliseconds, node_cost, node_dtype
 from graphopt.compiler.device import Limits
 from graphopt.errors import InputError
 from graphopt.ir.graph import tensor_bytes
-from graphopt.runtime.plan import Plan
+
+if TYPE_CHECKING:  # executors, which a plan holds, schedule their own calls
+    from graphopt.runtime.plan import Plan
 
 
 @dataclass(frozen=True)

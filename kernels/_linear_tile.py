@@ -1,0 +1,58 @@
+"""What kernels of matrix products share: which tile a program makes, weights ahead of time, the epilogue."""
+
+from __future__ import annotations
+
+from graphopt.kernels._activations_triton import activate, gelu_to_half
+from graphopt.kernels._triton import jit, tl
+
+
+@jit
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which tile a program makes: down GROUP_M row tiles, then on to the next column tile."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    inside = program % (GROUP_M * tiles_n)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@jit
+def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ask for rows of weights to be brought into L2, a cache line of 64 elements of two bytes at a time.
+
+    They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
+    """
+    lines = tl.arange(0, (BLOCK_K + 63) // 64) * 64
+    row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
+    for k in range(first, last, BLOCK_K):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [row_ptrs + tl.minimum(k + lines, last - 1)[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@jit
+def with_bias(acc, bias_ptr, columns, N):  # type: ignore[no-untyped-def]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
+@jit
+def epilogue(acc, parameter, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of sums whose result is in half precision."""
+    return gelu_to_half(acc) if ACTIVATION == "gelu" else activate(acc, parameter, ACTIVATION)
+
+
+@jit
+def with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm):  # type: ignore[no-untyped-def]
+    if residual_ptr is not None:
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        ptrs = residual_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :]
+        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return acc
