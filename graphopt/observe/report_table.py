@@ -94,6 +94,9 @@ def _plan(report: Report) -> Table:
             f"{graphs['coverage']:.0%} of the nodes in {graphs['count']} CUDA graphs,"
             f" whose memory is {summary.size(graphs['bytes'])}"
         )
+        buckets = sorted({bucket for row in report.plan for bucket in row.get("token_buckets", ())})
+        if buckets:
+            table.caption += f", for up to {', '.join(map(str, buckets))} tokens"
     return table
 
 

@@ -2,10 +2,14 @@
 
 What a shape needs is found out when it comes first: the region runs node by node, and every call of a new
 signature is given to the fastest of its implementations that is as exact as the reference.
+
+A region that packs tokens has graphs for their number besides, rounded up to a bucket (``token_buckets.py``):
+the host counts them, which is the only time that it waits for the GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +19,18 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name
 from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors._protocol import KernelTime, Note
-from graphopt.runtime.graphed import Graphed
+from graphopt.runtime.graphed import GRAPHS, Graphed
 from graphopt.runtime.joining import joined
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
+from graphopt.runtime.token_buckets import fix_sizes, sizes_of, varying_sizes
 
+_BUCKETS = 16  # graphs of a region that packs tokens: so many are a range of one to 1.5 of their number
 _PROFILED_RUNS = 5
 _AHEAD_CYCLES = 100_000_000  # the GPU is kept busy for 50 ms while all work of a profiled run is queued
 
@@ -40,33 +45,39 @@ class CudaProgram:
         region: the region.
         device: that its tensors are on.
         timed: measure implementations on the first inputs; otherwise each op takes its preferred one.
+
+    Raises:
+        LoweringError: the region packs tokens by a mask that it computes itself.
     """
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
         self._region = replace(region, graph=joined(region.graph))
+        self._masks = fix_sizes(self._region.graph)  # places among the inputs; a size each is an input behind
         self._nodes = len(region.graph.calls)
         self._device = device
         self._choosing = Choosing(self._region.graph, timed=timed)
         # Weights are never written by the region; a user who writes one between two calls does so in the
         # stream's order, and a graph's first kernel starts when all before it is done.
         weights = [constant.tensor for constant in self._region.graph.constants.values()]
-        self._graphed = Graphed(device, self._specialise, lambda: prefetched_weights(weights))
+        during = functools.partial(prefetched_weights, weights)
+        self._graphed = Graphed(device, self._specialise, during, _BUCKETS if self._masks else GRAPHS)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run on the current stream; returns fresh tensors."""
-        return self._graphed.run(inputs)
+        return self._graphed.run(inputs, sizes_of(inputs, self._masks))
 
-    def _specialise(self, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-        """The region with every call replaced by the implementation for these shapes.
+    def _specialise(self, inputs: Sequence[torch.Tensor], *sizes: int) -> fx.GraphModule:
+        """The region with every call replaced by the implementation for these shapes, and sizes put in.
 
         Only the first inputs are measured on: what comes at a user's call is decided by what is known.
         """
         chosen = _Chosen(self._region.graph.module, self._choosing)
         with _benchmarking():
-            chosen.run(*inputs)
+            chosen.run(*inputs, *sizes)
         self._choosing.settle()
         graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
+        given = self._region.graph.placeholders[len(inputs) :]
+        made: dict[fx.Node, Any] = dict(zip(given, sizes, strict=True))
         graph.output(graph.graph_copy(self._region.graph.fx, made))
         for node, run in chosen.runs.items():
             made[node].target = run
@@ -77,8 +88,13 @@ class CudaProgram:
         return {
             "graphed_nodes": self._nodes if self._graphed.captured else 0,
             **self._graphed.describe(),
+            **({"token_buckets": self._buckets()} if self._masks else {}),
             "kernels": [decision.to_dict() for decision in self._choosing.decisions],
         }
+
+    def _buckets(self) -> list[int]:
+        """How many tokens each graph computes; of several masks together."""
+        return sorted({sum(sizes) for sizes in self._graphed.sizes})
 
     def notes(self) -> list[Note]:
         """What was chosen where there was a choice, and why there is no graph."""
@@ -97,7 +113,7 @@ class CudaProgram:
         time; what passes between two events with nothing between them is taken off.
         """
         results = self.run(inputs)
-        module = self._graphed.function(inputs)
+        module = self._graphed.function(inputs, sizes_of(inputs, self._masks))
         assert isinstance(module, fx.GraphModule)
         rows: dict[str, list[KernelTime]] = {}
         kernels = {name: d.chosen.name for d in self._choosing.decisions for name in d.nodes}
@@ -209,8 +225,9 @@ class Cuda:
 def uncapturable(node: fx.Node, device: torch.device) -> str | None:
     """Why a call cannot be captured: its sizes depend on values, or it waits for the GPU."""
     made = [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, torch.Tensor)]
-    if any(free_unbacked_symbols(value) for value in made):
-        return f"the size of what {op_name(node)} gives depends on values"
+    varying = varying_sizes(node)
+    if varying is not None:
+        return f"the size of what {op_name(node)} gives {varying}"
     if any(value.device.type != device.type for value in made):
         return f"{op_name(node)} gives a tensor on {made[0].device}"
     for source in node.all_input_nodes:
