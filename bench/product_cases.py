@@ -14,6 +14,8 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 def products() -> Iterator[Case]:
     """All of them: BERT-base and ViT-B/16, and the gated block of a small language model."""
+    yield Case("linear_activation", "1x2048 to 1000", _linear(1, 2048, 1000, "none"))
+    yield Case("linear_add_layer_norm", "1x3072 to 768", _normed(1, 3072, 768))
     for rows in (128, 1024, 4096, 64 * 197):
         yield Case("linear_activation", f"{rows}x768 to 2304", _linear(rows, 768, 2304, "none"))
         yield Case("linear_activation", f"{rows}x768 to 3072, GELU", _linear(rows, 768, 3072, "gelu"))

@@ -266,7 +266,8 @@ def _split_sum_kernel(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) + tl.arange(0, 1)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
-    acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], M.to(tl.int64) * N, SPLITS)
+    size = tl.cast(M, tl.int64) * N  # one row is a constant, which has no method for it
+    acc = sum_splits(partial_ptr, offsets, (columns < N)[None, :], size, SPLITS)
     acc = epilogue(with_bias(acc, bias_ptr, columns, N), parameter, ACTIVATION)
     acc = _with_residual(acc, residual_ptr, rows, columns, M, N, stride_rm)
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(columns < N)[None, :])

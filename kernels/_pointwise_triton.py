@@ -162,7 +162,7 @@ def _small_power(x, EXPONENT: tl.constexpr):  # type: ignore[no-untyped-def]
         power = tl.rsqrt(x)
     else:
         power = tl.full(x.shape, 1.0, tl.float32)
-        for _ in tl.static_range(int(abs(EXPONENT))):
+        for _ in tl.static_range(int(EXPONENT if EXPONENT > 0 else -EXPONENT)):
             power = power * x
         if EXPONENT < 0:
             power = 1 / power

@@ -28,7 +28,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +54,7 @@ __all__ = [
     "Launch",
     "as_rows",
     "capability",
+    "compile_ahead",
     "compile_time",
     "constant",
     "dependence",
@@ -166,16 +169,42 @@ def launch(
         recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read))
         return
     device = _device_of(args)
-    pdl = dependence(device, read)
-    options = {
+    options = _options(device, read, num_warps, num_stages)
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        kernel[grid](*args, **constants, **options)
+
+
+def _options(device: torch.device, early: Any, num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What a launch says beside its arguments and its own constants."""
+    pdl = dependence(device, early)
+    return {
+        "PDL": pdl,
         "num_warps": num_warps,
         "num_stages": num_stages,
         "launch_pdl": pdl > 0,
         "enable_fp_fusion": True,
     }
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        kernel[grid](*args, **constants, PDL=pdl, **options)
+
+
+def compile_ahead(launches: Sequence[Launch]) -> None:
+    """Compile the kernels of recorded launches side by side, so that launching them finds them compiled.
+
+    What does not compile is left to its launch, which says why.
+    """
+    on_gpu = [launch for launch in launches if _device_of(launch.args).type == "cuda"]
+    if INTERPRETED or len(on_gpu) < 2:
+        return
+    device = _device_of(on_gpu[0].args)
+    with (
+        torch.cuda.device(device),
+        ThreadPoolExecutor(min(len(on_gpu), os.cpu_count() or 1)) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for each in on_gpu:
+            options = _options(device, each.early, each.num_warps, each.num_stages)
+            with contextlib.suppress(Exception):
+                each.kernel.warmup(*each.args, grid=each.grid, **each.constants, **options)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ kernel, key, GPU, version of Triton and torch, and hash of the kernel's source: 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ import torch
 
 from graphopt.kernels._capture import own_stream
 from graphopt.kernels._replay import captured, replayed
-from graphopt.kernels._triton import recorded_launches, stand_in, triton
+from graphopt.kernels._triton import compile_ahead, recorded_launches, stand_in, triton
 
 Key = tuple[Hashable, ...]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -199,6 +200,15 @@ def tune(
 
 
 def _tune_one(question: _Question, run: Callable[[], Any], timer: Timer) -> Tuned:
+    with recorded_launches() as launches:
+        for config in question.candidates:
+            with (
+                contextlib.suppress(Exception),
+                _force(question, config),
+            ):  # it fails again below, and is told
+                run()
+    compile_ahead(launches)
+    del launches  # and with them the outputs of all candidates
     runs: dict[int, Callable[[], Any]] = {}
     failures: dict[int, str] = {}
     for place, config in enumerate(question.candidates):

@@ -102,6 +102,8 @@ def _reference(
     softcap: float | None = None,
     fill: float | None = None,
 ) -> torch.Tensor:
+    if query_BSHD.shape[0] == 0:  # PyTorch's kernels on a GPU return None
+        return query_BSHD.new_empty((*query_BSHD.shape[:3], value_BTKE.shape[3]))
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if softcap is not None or (fill is not None and not _is_swallowing(fill, query_BSHD.dtype)):

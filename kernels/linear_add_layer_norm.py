@@ -125,7 +125,8 @@ def _split_norm_kernel(  # type: ignore[no-untyped-def]
     norm_bias = vector(norm_bias_ptr, column, D, 0.0)
     wait_for_inputs(PDL)
     residual = tl.load(residual_ptr + row * stride_rr + column, mask=seen, other=0.0).to(tl.float32)
-    total = sum_splits(partial_ptr, row * D + column, seen, rows.to(tl.int64) * D, SPLITS) + bias + residual
+    size = tl.cast(rows, tl.int64) * D  # one row is a constant, which has no method for it
+    total = sum_splits(partial_ptr, row * D + column, seen, size, SPLITS) + bias + residual
     tl.store(total_ptr + row * D + column, total, mask=seen)
     normed = centred_and_scaled(total, seen, D, eps) * norm_weight + norm_bias
     tl.store(normed_ptr + row * D + column, normed, mask=seen)

@@ -48,7 +48,7 @@ def lock(
     seq: _options.Seq = None,
     processes: Annotated[
         int, typer.Option(min=1, metavar="N", help="So many time the model, one after the other, each anew.")
-    ] = 3,
+    ] = 5,
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
     *,

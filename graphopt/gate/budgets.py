@@ -51,7 +51,7 @@ class Budgets:
     max_metric_loss: float | None = 1e-3
     baseline: str = "eager"
     max_latency_ratio: float | None = 1.05
-    max_slowdown: float | None = 0.05
+    max_slowdown: float | None = 0.04
     min_throughput: float | None = None
     max_memory: float | None = None
     max_memory_growth: float | None = 0.1

@@ -7,25 +7,27 @@ because the machine was busy, and must be "yes" when the candidate became a tent
   drift of the clock, of the temperature or of the load hits both sides alike. The clock is the device's,
   CUDA events on a GPU, and runs a side once before the call that it times: what the other side left in
   caches and thread pools is not in the number.
-- **Undisturbed calls.** What other processes, interrupts and a virtual machine's host do to a call only ever
-  adds to its time, and adds more to one thread pool than to another: on an idle machine of two virtual cores
-  the ratio of medians moved by 13 % from process to process, that of the smallest times by as much (a minimum
-  waits for one lucky call), and that of the 15th percentiles by 4 %. So the ratio is that of the 15th
-  percentiles of all calls of either side, close to what the calls take when nobody disturbs them (Chen and
-  Revels, Robust benchmarking in noisy environments, arXiv:1608.04295, who take the minimum).
+- **Neighbours.** What other processes and a virtual machine's host take away comes and goes within a second,
+  and mostly slows both sides by the same factor; what interrupts a single call only ever adds to its time.
+  So a round's ratio is that of the faster of its two calls of either side, and the estimate is the
+  interquartile mean of the rounds' logarithms. Of the estimators that were tried on recorded rounds of two
+  days of a machine of two virtual cores it varied least from check to check: by 2 %, where the ratio of
+  medians varied by 4 to 6 % on either day, and that of the 15th percentiles by 2 % on one and by 4 % on the
+  other. (The minimum of all calls, as in Chen and Revels, Robust benchmarking in noisy environments,
+  arXiv:1608.04295, compares two moments in which the machine need not have been the same.)
 - **A block bootstrap.** Neighbouring rounds are alike (load comes and goes in bursts), so drawing single
   rounds anew, as if they were independent, gives intervals that are too narrow just when the machine is
   busy. Whole blocks of neighbours are drawn, on a circle, so that every round is drawn as often (Politis and
   Romano, 1992). A block is 2 n^(1/3) rounds long, of n: the order that is optimal for the variance (Künsch,
   1989; Hall, Horowitz and Jing, 1995), doubled, because too long a block errs on the side of wide intervals.
+  What varies between draws is known from as many values as there are blocks, so the interval is Student's.
 - **As many rounds as it takes.** Rounds go on until every limit lies outside of the interval, or the time is
-  out. To look several times is to have several chances to be wrong: at most ``_LOOKS`` looks are taken, at
-  numbers of rounds that double, and the interval of each is as wide as keeps all of them right together with
-  95 % (Bonferroni: 1 - 0.05 / 6 each).
+  out. To look several times is to have several chances to be wrong, so the 5 % of all looks together are
+  spent on them: little on the early ones, and what is left on the last (Lan and DeMets, 1983).
 - **A lock of several processes.** The same program in another process runs up to two percent faster or
   slower: memory lies elsewhere, threads land on other cores. No number of rounds in one process averages
   that out, so a lock's ratio is the median of those of several processes (``combined``), and a check's is
-  held against it plus the margin ``max_slowdown``, 5 % by default: more than processes differ by, and less
+  held against it plus the margin ``max_slowdown``, 4 % by default: more than processes differ by, and less
   than half of a slow-down by 10 %.
 - **No verdict from a machine that is not comparable.** Load does not slow both sides alike: two thread pools
   that spin differently lose differently to a third process. Rounds cannot show that, since it is the same in
@@ -55,11 +57,9 @@ Told = Literal["within", "beyond", "unknown"]
 BASELINE, CANDIDATE = "baseline", "candidate"
 _FIRST = 32  # rounds between two looks at the clock,
 _FEWEST = 6  # and for a model of which 32 rounds take too long; fewer do not say how wide an interval is
-_LOOKS = 6
-_QUANTILE = 0.15  # of a side's times: that of a call that nobody disturbs
-_CONFIDENCE = 1 - 0.05 / _LOOKS
+_LOOKS = {64: 0.005, 128: 0.015, 256: 0.03}  # numbers of rounds, and the error that is spent on each look
 _DRAWS = 1000
-_NARROW = 0.02  # an interval of that half-width is told as "within" by its middle: see ``tell``
+_NARROW = 0.03  # an interval of that half-width is told as "within" by its middle: see ``tell``
 # The part of the time that the threads could have run and had no core: above _WAITING somebody else has the
 # cores, and so above _MORE_WAITING more than for the lock, whose own threads may be more than the cores;
 # but above _MOST_WAITING in any case: beside one other process on every core it is a half.
@@ -91,8 +91,7 @@ class Interval:
         """On which side of a limit it lies, as a whole.
 
         An interval that holds the limit tells nothing, but for one that is narrow and whose middle is not
-        above
-        it: more rounds would not make a better answer of "at the limit".
+        above it: more rounds would not make a better answer of "at the limit".
         """
         if self.low > limit:
             return "beyond"
@@ -122,45 +121,61 @@ class Rounds:
         """How many rounds there are."""
         return len(self.times.get(CANDIDATE, ())) // 2
 
-    def ratio(self) -> Interval:
-        """The candidate's time over the baseline's, of undisturbed calls."""
-        above, below = (_per_round(self.times[side]) for side in (CANDIDATE, BASELINE))
-        return _interval(lambda drawn: _undisturbed(above[drawn]) / _undisturbed(below[drawn]), len(above))
+    def ratio(self, error: float | None = None) -> Interval:
+        """The candidate's time over the baseline's.
+
+        Args:
+            error: how often the interval may be wrong; by default what the looks at fewer rounds have left.
+        """
+        logs = _fastest(self.times[CANDIDATE]) - _fastest(self.times[BASELINE])
+        return _interval(logs, self._unspent() if error is None else error)
 
     def milliseconds(self, side: str) -> Interval:
-        """The time of an undisturbed call of a side."""
-        times = _per_round(self.times[side])
-        return _interval(lambda drawn: _undisturbed(times[drawn]), len(times))
+        """The time of a call of a side."""
+        return _interval(_fastest(self.times[side]), self._unspent())
+
+    def _unspent(self) -> float:
+        return sum(error for rounds, error in _LOOKS.items() if rounds >= min(self.count, max(_LOOKS)))
 
 
 _Array = np.ndarray[Any, Any]
 
 
-def _per_round(times: Sequence[float]) -> _Array:
-    """(rounds, 2)."""
-    return np.asarray(times, dtype=np.float64).reshape(-1, 2)
+def _fastest(times: Sequence[float]) -> _Array:
+    """The logarithm of the faster call of each round, (rounds,)."""
+    fastest: _Array = np.log(np.asarray(times, dtype=np.float64).reshape(-1, 2).min(1))
+    return fastest
 
 
-def _undisturbed(times: _Array) -> _Array:
-    """(draws, rounds, 2) to (draws,)."""
-    found: _Array = np.quantile(times.reshape(len(times), -1), _QUANTILE, axis=1)
+def _middle(values: _Array) -> _Array:
+    """The interquartile mean along the last dimension: a quarter is left out at either end."""
+    outside = values.shape[-1] // 4
+    found: _Array = np.sort(values, -1)[..., outside : values.shape[-1] - outside].mean(-1)
     return found
 
 
-def _interval(statistic: Callable[[_Array], _Array], count: int) -> Interval:
-    """A statistic of rounds, and its circular block bootstrap interval (see the head of this file).
+def _interval(logs: _Array, error: float) -> Interval:
+    """The middle of rounds' logarithms, and its interval (see the head of this file).
 
     Args:
-        statistic: takes indices of rounds, (draws, rounds), and returns a number a draw.
-        count: how many rounds there are.
+        logs: (rounds,).
+        error: how often the interval may miss.
     """
+    count = len(logs)
     block = min(count, max(1, math.ceil(2 * count ** (1 / 3))))
     source = np.random.default_rng(0)
     starts = source.integers(count, size=(_DRAWS, math.ceil(count / block)))
     drawn = (starts[:, :, None] + np.arange(block)).reshape(_DRAWS, -1)[:, :count] % count
-    (middle,) = statistic(np.arange(count)[None])
-    low, high = np.quantile(statistic(drawn), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return Interval(float(middle), float(low), float(high))
+    inflated = math.sqrt(count / max(1, count - block))  # drawn blocks vary less than blocks to come
+    half = _student(1 - error / 2, max(1.0, count / block - 1)) * inflated * _middle(logs[drawn]).std()
+    middle = float(_middle(logs))
+    return Interval(*(math.exp(log) for log in (middle, middle - half, middle + half)))
+
+
+def _student(probability: float, freedom: float) -> float:
+    """A quantile of Student's t distribution (Abramowitz and Stegun, 26.7.5)."""
+    z = statistics.NormalDist().inv_cdf(probability)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def measure(
@@ -191,8 +206,8 @@ def measure(
     repeats, chunk = _plan(baseline, candidate, seconds, clock)
     sides = {BASELINE: _repeated(baseline, repeats), CANDIDATE: _repeated(candidate, repeats)}
     watch, start = _Waiting(), time.perf_counter()
-    for look in range(_LOOKS):
-        for _ in range(max(1, 2**look // 2)):  # 32, 64, 128, ... rounds in all, the clock looked at every 32
+    for rounds, error in _LOOKS.items():
+        while len(times[BASELINE]) < 2 * rounds:
             for side, row in interleave(sides, chunk, clock=clock).items():
                 times[side] += [each / repeats for each in row]
             spent = (time.perf_counter() - start) / max(seconds, 1e-9)
@@ -200,7 +215,7 @@ def measure(
                 progress(min(1.0, spent))
             if spent >= 1:
                 return Rounds(times, watch.share())
-        ratio = Rounds(times).ratio()
+        ratio = Rounds(times).ratio(error)
         told = all(ratio.tell(limit) != "unknown" for limit in limits)
         if told and (not precision or ratio.half_width <= precision):
             break

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.runtime.rounds import event_clock, interleave, wall_clock
+from graphopt.runtime.rounds import Clock, clock_of, interleave
 
 _WARM_UP = 2
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 25  # each of two calls of a candidate
@@ -44,24 +44,24 @@ def interleaved(
     Returns:
         A timing per candidate, in order; one that is hopeless in its warm-up keeps that as its timing.
     """
-    clock = functools.partial(_call, device=device)
+    clock = functools.partial(_call, device=device, clock=clock_of(device))
     names = list(map(str, range(len(candidates))))
     sides = dict(zip(names, candidates, strict=True))
     times = {name: [clock(sides[name]) for _ in range(_WARM_UP)] for name in names}
     best = min(map(min, times.values()))
     hopeful = {name: sides[name] for name in names if min(times[name]) <= _HOPELESS * best}
-    cost = 2 * sum(min(times[name]) for name in hopeful) / 1e3
+    cost = 4 * sum(min(times[name]) for name in hopeful) / 1e3
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
     times |= interleave(hopeful, rounds, clock=clock, warm_up=0)
     return [_timing(times[name]) for name in names]
 
 
-def _call(candidate: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call; on a GPU between two events, so that waiting for it does not count."""
+def _call(candidate: Callable[[], object], device: torch.device, clock: Clock) -> float:
+    """Milliseconds of one call, behind one that is not timed: see ``clock_of``."""
     if device.type != "cuda":
-        return wall_clock(candidate)
+        return clock(candidate)
     with torch.cuda.device(device):
-        return event_clock(candidate)
+        return clock(candidate)
 
 
 def _timing(row: list[float]) -> Timing:

@@ -47,7 +47,7 @@ def test_the_interval_covers_the_truth_although_neighbouring_rounds_are_alike() 
     for seed in range(100):
         found = rounds_of(bursts(seed), 64, 1.2).ratio()
         covered += found.low <= 1.2 <= found.high
-    assert covered >= 97  # of 100; each is to be right with 99.4 %
+    assert covered >= 93  # of 100; each is to be right with 95 %
 
 
 def test_drift_cancels() -> None:
@@ -59,22 +59,40 @@ def test_drift_cancels() -> None:
 def test_calls_that_were_interrupted_do_not_count() -> None:
     quiet = rounds_of(lambda: 1.0, 33, 1.1)
     times = {side: list(row) for side, row in quiet.times.items()}
-    times[CANDIDATE][10:50] = [1e6] * 40
+    times[CANDIDATE][10:24] = [1e6] * 14  # seven rounds as a whole, fewer than a quarter
+    times[BASELINE][30::2] = [1e6] * 18  # one call of each of these rounds
     found = Rounds(times)
     assert found.ratio().middle == pytest.approx(1.1)
     assert found.milliseconds(CANDIDATE).middle == pytest.approx(11)
 
 
-def test_a_disturbance_that_hits_one_side_more_does_not_move_the_ratio() -> None:
-    """As on a machine of two virtual cores, whose host takes one of them now and then."""
+def test_a_machine_that_is_slower_now_and_then_does_not_move_the_ratio() -> None:
+    """As one whose host gives its cores to others: both sides of a round find the same."""
     for seed in range(20):
         source = random.Random(seed)
         times: dict[str, list[float]] = {BASELINE: [], CANDIDATE: []}
-        for _ in range(256):
-            slow = source.random() < 0.5
-            times[BASELINE].append(10 * (1.3 if slow else 1) * (1 + abs(source.gauss(0, 0.02))))
-            times[CANDIDATE].append(5 * (1.6 if slow else 1) * (1 + abs(source.gauss(0, 0.02))))
-        assert Rounds(times).ratio().middle == pytest.approx(0.5, rel=0.02)
+        for _ in range(128):
+            slowness = source.uniform(1, 1.5)
+            for side, ms in ((BASELINE, 10), (CANDIDATE, 5)):
+                times[side] += [ms * slowness * (1 + abs(source.gauss(0, 0.02))) for _ in range(2)]
+        assert Rounds(times).ratio().middle == pytest.approx(0.5, rel=0.005)
+
+
+def test_the_looks_share_the_error() -> None:
+    """The last interval is as wide as the early ones left it; the more looks were before, the wider."""
+    found = rounds_of(bursts(0), 64)
+    assert found.ratio(0.05) == found.ratio()
+    later = rounds_of(bursts(0), 200)
+    assert later.ratio(0.03) == later.ratio()
+    assert later.ratio(0.005).half_width > later.ratio().half_width
+    assert rounds_of(bursts(0), 300).ratio().half_width > 0
+
+
+def test_intervals_of_few_blocks_are_student_s() -> None:
+    """Quantiles from the tables: 2.365 of 7 degrees of freedom, 2.086 of 20, and in the end the normal's."""
+    assert latency._student(0.975, 7) == pytest.approx(2.365, abs=0.02)
+    assert latency._student(0.975, 20) == pytest.approx(2.086, abs=0.005)
+    assert latency._student(0.975, 1e9) == pytest.approx(1.96, abs=1e-3)
 
 
 def test_several_processes_make_one_ratio() -> None:

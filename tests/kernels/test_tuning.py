@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.kernels import _tuning
-from graphopt.kernels._triton import launch
+from graphopt.kernels import _triton, _tuning, linear_activation
+from graphopt.kernels._triton import Launch, launch
 from graphopt.kernels._tuning import Config, cache_folder, choose, tune
 
 CPU = torch.device("cpu")
@@ -236,3 +236,21 @@ def test_candidates_are_timed_on_the_gpu() -> None:
     x = torch.randn(2**24, device="cuda")
     short, long = _tuning.interleaved([x[:1024].neg, x.neg])
     assert 0 < short < long
+
+
+@pytest.mark.gpu
+def test_candidates_are_compiled_ahead_of_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = (torch.randn(size, device="cuda").half() for size in ((96, 160), (224, 160), (224,)))
+    compiled: list[str] = []
+    counted = _triton.compile_ahead
+
+    def compile_ahead(launches: Sequence[Launch]) -> None:
+        counted(launches)
+        monkeypatch.setattr(
+            _triton.triton.knobs.runtime, "jit_cache_hook", lambda **_: compiled.append("late")
+        )
+
+    monkeypatch.setattr(_tuning, "compile_ahead", compile_ahead)
+    (result,) = tune(linear_activation.FACE.launch, x, weight, bias, "relu", again=True)
+    assert sum(us is not None for us in result.us) > 1
+    assert compiled == []

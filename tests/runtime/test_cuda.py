@@ -141,7 +141,7 @@ def test_a_weight_that_the_graph_computes_is_not_read_early() -> None:
             return torch.layer_norm(x, [x.shape[1]], weight, weight)
 
     x, much = randn(64, 768).cuda(), randn(65536, 768).cuda()
-    opt = graphopt.optimize(Scaled().cuda(), (x, much), executors=("cuda",))
+    opt = graphopt.optimize(Scaled().cuda().eval(), (x, much), executors=("cuda",))
     for turn in range(20):
         expected = torch.layer_norm(x, [768], *(2 * [(turn * much).sum(0)]))
         torch.testing.assert_close(opt(x, turn * much), expected, rtol=1e-3, atol=1e-3)
@@ -150,7 +150,7 @@ def test_a_weight_that_the_graph_computes_is_not_read_early() -> None:
 @pytest.mark.gpu
 def test_a_graph_writes_to_no_memory_but_its_own_when_workspaces_are_cleared() -> None:
     """As Inductor clears them ahead of its own captures: what is allocated next may get their place."""
-    model = nn.Linear(16384, 64, bias=False).half().cuda()  # so deep that cuBLAS cuts it into parts
+    model = nn.Linear(16384, 64, bias=False).half().cuda().eval()  # so deep that cuBLAS cuts it into parts
     x = randn(64, 16384).half().cuda()
     with torch.no_grad():
         opt = graphopt.optimize(model, (x,), executors=("cuda",), effort="fast")

@@ -45,7 +45,7 @@ class Weights:
 
     Args:
         shared: those that the session reads where they are, as long as it lives.
-        copied: those that it copies.
+        copied: those that it copies, on the host: its own folding reads them there.
     """
 
     shared: dict[str, Held]
@@ -92,14 +92,14 @@ def collect(model: ir.Model, share: Collection[str]) -> Weights:
         if name in share:
             shared[name] = _held(tensor)
         else:
-            copied[name] = _held(tensor)
+            copied[name] = _held(tensor, on_host=True)
     return Weights(shared, copied)
 
 
 _HELD: weakref.WeakValueDictionary[tuple[Any, ...], Held] = weakref.WeakValueDictionary()
 
 
-def _held(tensor: Any) -> Held:
+def _held(tensor: Any, *, on_host: bool = False) -> Held:
     """A weight as an OrtValue, the same for all sessions of the process that read the same tensor.
 
     So a weight with strides of its own, which must be written out, is there once however many sessions read
@@ -110,6 +110,8 @@ def _held(tensor: Any) -> Held:
     if not isinstance(raw, torch.Tensor):
         return Held(np.ascontiguousarray(tensor.numpy()), tensor.dtype)
     raw = raw.detach().resolve_neg()
+    if on_host and raw.device.type != "cpu":
+        return Held(raw.cpu().contiguous(), tensor.dtype)
     key = (raw.data_ptr(), raw.dtype, raw.device, tuple(raw.shape), raw.stride())
     held = _HELD.get(key)
     if held is None:
