@@ -92,12 +92,13 @@ def _reference(
     token_BL = offsets[:-1, None].long() + torch.arange(longest, device=offsets.device)
     there_BL = offsets[1:, None].clamp_max(N) > token_BL
     at_BL = torch.where(there_BL, token_BL, N)  # behind the last token: zeros to read, and nobody reads it
-    heads = [F.pad(x, (0, 0, 0, 0, 0, 1))[at_BL].transpose(1, 2) for x in (query_NHD, key_NKD, value_NKE)]
+    given = (query_NHD, key_NKD, value_NKE)
+    query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1))[at_BL].transpose(1, 2) for x in given)
     seen = there_BL[:, None, None, :]
     if is_causal:
         seen = seen & torch.ones((longest, longest), dtype=torch.bool, device=offsets.device).tril()
     gqa = key_NKD.shape[1] != H
-    out_BHLE = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=gqa)
+    out_BHLE = F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=gqa)
     zeros = query_NHD.new_zeros((N + 1, H, E))
     return torch.index_put(zeros, (at_BL,), out_BHLE.transpose(1, 2))[:N]
 

@@ -8,8 +8,8 @@ all others and read by nobody. Whether that is so, ``mark`` records: it is prove
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -33,7 +33,7 @@ def bucket_of(tokens: int, most: int) -> int:
         most: how many there can be, which is a bucket as well.
     """
     tokens = max(tokens, 1)
-    step = max(_FEWEST, 2 ** max((tokens - 1).bit_length() - 1, 0) // _STEPS)
+    step = max(_FEWEST, (1 << max((tokens - 1).bit_length() - 1, 0)) // _STEPS)
     return min(-(-tokens // step) * step, most)
 
 
@@ -98,7 +98,7 @@ def sizes_of(inputs: Sequence[torch.Tensor], masks: Sequence[int]) -> tuple[int,
 
 
 def _give_size(graph: Graph, nonzero: fx.Node, size: fx.Node) -> None:
-    kwargs = {"size": size, "fill_value": 0}
+    kwargs: dict[str, Any] = {"size": size, "fill_value": 0}
     with graph.fx.inserting_before(nonzero):
         static = graph.fx.call_function(aten.nonzero_static.default, nonzero.args, kwargs)
     static.meta = dict(nonzero.meta)
@@ -118,7 +118,7 @@ def _mask_of(nonzero: fx.Node) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
 
-def _unbacked(nodes: Sequence[fx.Node]) -> set[sympy.Symbol]:
+def _unbacked(nodes: Sequence[fx.Node]) -> set[Any]:
     """The symbols that stand for sizes that depend on values."""
     leaves = torch.utils._pytree.tree_leaves([node.meta["val"] for node in nodes])
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
