@@ -59,13 +59,18 @@ SUITES: dict[str, Suite] = {
         "the same in narrower numbers: graphopt and who else can, all within one loss",
         [
             _narrow(model, factory, batch, seq, name)
-            for name in ("int8", "bf16")
+            for name in ("int8", "int8-static", "bf16")
             for model, factory, batch, seq in (
                 ("MiniLM", "minilm", 1, 16),
                 ("MiniLM", "minilm", 1, 128),
                 ("MiniLM", "minilm", 8, 128),
                 ("BERT-base", "bert_base", 1, 128),
             )
+        ]
+        + [
+            _case("ResNet-50 1 int8-static", "resnet50", batch=1, precision="int8-static", device="cpu"),
+            _narrow("Llama 135M step", "decode_step", 1, 128, "int4"),
+            _narrow("Llama 135M step", "decode_step", 1, 128, "int8-weights"),
         ],
         "eager,inductor,onnxruntime,openvino",
     ),

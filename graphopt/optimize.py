@@ -29,7 +29,7 @@ from graphopt.observe.snapshot import snapshot, versions
 from graphopt.optimized_model import OnMismatch, OptimizedModel
 from graphopt.packing import Padding, remove_padding, with_padded, zero_padding
 from graphopt.passes.default import pipeline
-from graphopt.precision import default_max_loss, narrowed, require_possible
+from graphopt.precision import calibration_calls, default_max_loss, narrowed, require_possible
 from graphopt.precision import passes_of as precision_passes
 from graphopt.runtime import candidates as runtime
 from graphopt.runtime.candidates import Choice, choose
@@ -55,6 +55,7 @@ def optimize(
     precision: str = "exact",
     max_loss: float | None = None,
     metric: Metric | None = None,
+    calibration: Iterable[tuple[Any, ...] | Mapping[str, Any]] = (),
     effort: str = "measured",
     require_cuda_graph: bool = False,
     on_mismatch: OnMismatch = "error",
@@ -76,16 +77,24 @@ def optimize(
         enable: passes to run although their level is higher, by exact name; those that lose something run
             only so, and only with ``max_loss``.
         disable: passes to leave out, by exact name.
-        precision: ``"bf16"``, ``"fp16"`` or ``"int8"`` also tries the model in narrower numbers, as far as
-            ``max_loss`` allows, and takes that where it is faster; ``"exact"`` does not.
+        precision: also tries the model in narrower numbers, as far as ``max_loss`` allows, and takes that
+            where it is faster; ``"exact"`` does not. ``"bf16"`` and ``"fp16"``; on a CPU also ``"int8"``
+            (inputs of products are quantized as they come, row by row), ``"int8-static"`` (by ranges that are
+            observed beforehand; convolutions too), and for models that read each weight for few tokens
+            ``"int8-weights"`` and ``"int4"`` (weights alone, in blocks of 32).
         padding: what outputs hold at padded positions, which the mask of attention tells: ``"keep"``, what
             the original computes there; ``"remove"``, zeros. What no output needs is not computed for padded
             positions in either case, where that is the fastest on the example inputs: give some that are
             padded as later ones will be.
         max_loss: the most that lossy passes may lose on the example inputs, as ``metric`` has it. With a
-            ``precision`` and no ``metric`` it has a default: 0.03 for bf16, 0.01 for fp16, 0.04 for int8.
+            ``precision`` and no ``metric`` it has a default: 0.03 for bf16, 0.01 for fp16, 0.04 for int8 and
+            int8-static, 0.02 for int8-weights, 0.1 for int4.
         metric: called with the original's flat outputs and the rewritten model's, returns the loss; the
             largest relative distance in the 2-norm by default.
+        calibration: with ``precision="int8-static"``: further inputs, each a tuple of positional or a mapping
+            of keyword arguments. The steps of 8 bits reach from the smallest to the largest value that they
+            and the example give at each place, and cut off what lies beyond in later calls: give some that
+            are as later ones will be.
         effort: ``"measured"`` times the candidates on the example inputs; ``"fast"`` takes the first that is
             right.
         require_cuda_graph: fail rather than run a node outside a CUDA graph; for a target that is a GPU.
@@ -116,7 +125,7 @@ def optimize(
     where = Target.of(target, _home(original, inputs))
     _require_graphs(require_cuda_graph, where)
     require_possible(precision, where)
-    remarks = Remarks()
+    remarks, calls = Remarks(), calibration_calls(captured, original.forward, calibration, precision)
     with clock.stage("rewrite", 0.2):
         base, lossy, loss = _within(budget, captured, passes, inputs, remarks)
         older = len(remarks.rows)
@@ -130,7 +139,7 @@ def optimize(
         own_outputs(outcome.graph, captured, remarks)
     with clock.stage("narrow", 0.45):
         before = captured if padding == "keep" else base
-        narrow = narrowed(outcome.graph, passes, precision, budget, inputs, before, where)
+        narrow = narrowed(outcome.graph, passes, precision, budget, inputs, before, where, calls)
         packed = remove_padding(outcome.graph, inputs, remarks, where.limits, disable)
     with clock.stage("lower", 0.5):
         padded = plan_candidates(base, outcome.graph, executors, where, remarks, effort)

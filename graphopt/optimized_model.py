@@ -174,7 +174,7 @@ class OptimizedModel(torch.nn.Module):
             portable: use operators of ONNX's own only, none of ONNX Runtime's ``com.microsoft``.
             device: ``"cpu"`` or ``"cuda"``: whose kernels the fused nodes are chosen for; None is the device
                 that the model was optimized for. Some of CUDA's have no counterpart on the CPU.
-            opset: of ONNX's own operators, 18 to 23.
+            opset: of ONNX's own operators, 18 to 24.
             external_above: bytes that the file may have, 2 GiB at most. The weights of a larger model go into
                 ``NAME.<digest>.data`` beside it, which must be moved with it.
 

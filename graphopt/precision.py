@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.compiler import cpu
+from graphopt.compiler.calibration import keep, observe
 from graphopt.compiler.compare import Comparison, worst_error
 from graphopt.compiler.evaluate import outputs
 from graphopt.compiler.lossy import Budget, LossyManager, relative_distance
@@ -20,6 +22,10 @@ from graphopt.compiler.remarks import Remarks, Rewrite
 from graphopt.compiler.tolerance import FACTOR, MODEL_FLOOR_ULPS
 from graphopt.errors import InputError, TargetError
 from graphopt.ir.graph import Graph
+from graphopt.passes import quantize_conv_int8
+from graphopt.passes._projections import matches, source
+from graphopt.passes.default import CALIBRATING
+from graphopt.runtime.calling import CallingConvention
 from graphopt.runtime.candidates import Candidate
 from graphopt.runtime.target import Target
 from graphopt.runtime.ways import hinted_candidates, narrowed_candidates
@@ -30,19 +36,24 @@ class Precision:
     """A precision that can be asked for.
 
     Args:
-        casts: the pass that rewrites into it.
+        casts: the passes that rewrite into it, in order.
         max_loss: the loss allowed where none is given, as a relative distance of the outputs.
+        calibrated: its steps are found beforehand, from ranges observed on the user's inputs.
     """
 
-    casts: str
+    casts: tuple[str, ...]
     max_loss: float
+    calibrated: bool = False
 
 
 # A relative distance of d is a cosine of about 1 - d * d / 2: 0.04 of the one is 0.999 of the other.
 PRECISIONS: dict[str, Precision] = {
-    "bf16": Precision("cast_to_bfloat16", 0.03),
-    "fp16": Precision("cast_to_float16", 0.01),
-    "int8": Precision("quantize_linear_int8", 0.04),
+    "bf16": Precision(("cast_to_bfloat16",), 0.03),
+    "fp16": Precision(("cast_to_float16",), 0.01),
+    "int8": Precision(("quantize_linear_int8",), 0.04),
+    "int8-static": Precision(("quantize_linear_int8_static", "quantize_conv_int8"), 0.04, calibrated=True),
+    "int8-weights": Precision(("quantize_linear_int8_weights",), 0.02),
+    "int4": Precision(("quantize_linear_int4",), 0.1),  # each product is 8 % off: 16 codes hold no more
 }
 EXACT, _GPUS_ONLY = "exact", ("fp8",)
 # The share of the budget that the search for layers uses up: executors round in other places, and of a search
@@ -65,7 +76,7 @@ def passes_of(precision: str) -> tuple[str, ...]:
     if precision not in PRECISIONS and precision not in _GPUS_ONLY:
         known = ", ".join((EXACT, *PRECISIONS, *_GPUS_ONLY))
         raise InputError(f"precision={precision!r} is unknown", hint=f"one of: {known}")
-    return () if precision in _GPUS_ONLY else (PRECISIONS[precision].casts,)
+    return () if precision in _GPUS_ONLY else PRECISIONS[precision].casts
 
 
 def require_possible(precision: str, target: Target) -> None:
@@ -89,6 +100,43 @@ def require_possible(precision: str, target: Target) -> None:
 def default_max_loss(precision: str, metric: Any) -> float | None:
     """What may be lost where the user does not say; None where a metric has its own unit."""
     return PRECISIONS[precision].max_loss if precision in PRECISIONS and metric is None else None
+
+
+def calibration_calls(
+    captured: Graph,
+    forward: Callable[..., Any],
+    given: Iterable[Any],
+    precision: str,
+) -> list[list[torch.Tensor]]:
+    """The user's calibration inputs as flat tensors, a list a call.
+
+    Args:
+        captured: the model as captured: further inputs must fit it as later calls must.
+        forward: of the original.
+        given: tuples of positional arguments, or mappings of keyword arguments.
+        precision: that they are for.
+
+    Raises:
+        InputError: the precision has no use for them, or one does not fit the model.
+    """
+    calling, calls = CallingConvention(captured, forward), []
+    for index, call in enumerate(given):
+        if not isinstance(call, (tuple, Mapping)):
+            raise InputError(
+                f"calibration input {index} is a {type(call).__name__}",
+                hint="each is a tuple of positional arguments, or a mapping of keyword arguments",
+            )
+        args, kwargs = (call, {}) if isinstance(call, tuple) else ((), dict(call))
+        try:
+            calls.append(calling.flatten(args, kwargs))
+        except InputError as error:
+            raise InputError(f"calibration input {index}: {error.message}", hint=error.hint) from error
+    if calls and not (precision in PRECISIONS and PRECISIONS[precision].calibrated):
+        raise InputError(
+            f"calibration inputs are given, and precision={precision!r} has no ranges to calibrate",
+            hint="precision='int8-static'",
+        )
+    return calls
 
 
 class Allowance:
@@ -243,6 +291,7 @@ def narrowed(
     inputs: Sequence[torch.Tensor],
     captured: Graph,
     target: Target,
+    calibration: Sequence[Sequence[torch.Tensor]] = (),
 ) -> Narrowed | None:
     """A copy of a graph in narrower numbers, as far as the budget allows; None where nobody asked for it.
 
@@ -254,6 +303,7 @@ def narrowed(
         inputs: example inputs: flat tensors.
         captured: the model as captured.
         target: where it will run.
+        calibration: further inputs on which ranges are observed: flat tensors, a list a call.
     """
     casts = [rule for rule in passes if rule.kind == "cast"]
     if budget is None or not casts:
@@ -263,9 +313,36 @@ def narrowed(
         found = f"the processor's instructions for narrow numbers: {cpu.features()}"
         remarks.add("analysis", "precision", None, found)
     within = Budget(_MARGIN * budget.max_loss, budget.metric)
+    exposed: list[Rewrite] = []
+    if any(rule.name in PRECISIONS["int8-static"].casts for rule in casts):
+        exposed = _calibrate(copy, [inputs, *calibration], remarks, target)
     outcome, loss = LossyManager(casts, remarks, within, target.limits).run(copy, inputs, original)
     if outcome.kept:
+        outcome.rewrites[:0] = exposed
         tidied = PassManager([find(rule) for rule in _BEHIND], Remarks(), target.limits).run(copy, inputs)
         outcome.rewrites += tidied.rewrites
     label = name if name != EXACT else " + ".join(rule.name for rule in casts)
     return Narrowed(label, graph, copy, outcome.rewrites, remarks, loss, budget, inputs, original)
+
+
+def _calibrate(
+    graph: Graph, calls: Sequence[Sequence[torch.Tensor]], remarks: Remarks, target: Target
+) -> list[Rewrite]:
+    """Observe the ranges that fixed steps are made of: what products read, and what convolutions give.
+
+    Returns:
+        What had to be rewritten for it.
+    """
+    exposed = PassManager([entry.rule for entry in CALIBRATING], Remarks(), target.limits)
+    rewrites = exposed.run(graph, calls[0]).rewrites
+    products = {match.root: (source(match.root), -1) for match in matches(graph)}
+    convolutions = [match.root for match in quantize_conv_int8.pattern(graph)]
+    images = {node: ((quantize_conv_int8.source(node), 1), (node, 1)) for node in convolutions}
+    found = observe(graph, {*products.values(), *chain.from_iterable(images.values())}, calls)
+    for node, read in products.items():
+        keep(node, x=found.get(read))
+    for node, (read, given) in images.items():
+        keep(node, x=found.get(read), out=found.get(given))
+    seen = f"ranges of {len(found)} values were observed on {len(calls)} inputs, the example's among them"
+    remarks.add("analysis", "precision", None, seen)
+    return rewrites

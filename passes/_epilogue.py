@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.compiler.rewriter import Rewriter
 from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import argument
 from graphopt.kernels.quick_gelu import OP as QUICK_GELU
@@ -31,6 +32,9 @@ _ACTIVATIONS: dict[Any, tuple[str, str | None]] = {
     aten.gelu.default: ("gelu", None),
     QUICK_GELU.overload: ("quick_gelu", "alpha"),
 }
+
+
+_TARGETS = {name: (target, parameter) for target, (name, parameter) in _ACTIVATIONS.items()}
 
 
 def activations(graph: Graph) -> Iterator[fx.Node]:
@@ -74,3 +78,12 @@ def summands(node: Any) -> tuple[fx.Node, fx.Node] | None:
 def only_reader(node: fx.Node) -> fx.Node | None:
     """The node that alone reads a value, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def applied(rewriter: Rewriter, x: fx.Node, activation: str, parameter: float) -> fx.Node:
+    """The call that an activation's name stands for, staged behind a node; the node itself for "none"."""
+    if activation == "none":
+        return x
+    target, name = _TARGETS[activation.removesuffix("_tanh")]
+    given: dict[str, Any] = {"approximate": "tanh"} if activation == "gelu_tanh" else {}
+    return rewriter.call(target, x, **given, **({name: parameter} if name else {}))

@@ -65,10 +65,15 @@ from graphopt.passes import (
     prune_zero_channels,
     prune_zero_heads,
     prune_zero_layers,
+    quantize_conv_int8,
+    quantize_linear_int4,
     quantize_linear_int8,
+    quantize_linear_int8_static,
+    quantize_linear_int8_weights,
     remove_dead_code,
     remove_noops,
     simplify_arithmetic,
+    split_conv_activation,
 )
 
 
@@ -163,6 +168,10 @@ PIPELINE: tuple[Entry, ...] = (
     Entry(fold_constants.PASS, "half rotary tables and whatever the fusions made constant"),
     Entry(fuse_pointwise.PASS, "level 3; takes what no other pass has a name for, once nothing else follows"),
     Entry(quantize_linear_int8.PASS, "on request: of what is fused, so that activations are epilogues"),
+    Entry(quantize_linear_int8_static.PASS, "likewise; its steps are those of the graph so far"),
+    Entry(quantize_conv_int8.PASS, "likewise"),
+    Entry(quantize_linear_int8_weights.PASS, "likewise"),
+    Entry(quantize_linear_int4.PASS, "likewise"),
     Entry(cast_to_bfloat16.PASS, "on request: behind quantization, of what that left in float32"),
     Entry(cast_to_float16.PASS, "likewise"),
     Entry(remove_dead_code.PASS, "last: what the others left behind"),
@@ -173,6 +182,11 @@ PACKING: tuple[Entry, ...] = (  # on the rewritten graph, for a plan that comput
     Entry(pack_tokens.PASS, "first: where the packed tokens end up"),
     Entry(hoist_pack.PASS, "moves the packing up from there"),
     Entry(remove_dead_code.PASS, "last: what computed the padding"),
+)
+
+
+CALIBRATING: tuple[Entry, ...] = (  # on the rewritten graph, before the ranges of its values are observed
+    Entry(split_conv_activation.PASS, "what a convolution gives before its epilogue is a value then"),
 )
 
 

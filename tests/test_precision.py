@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -17,42 +17,15 @@ from graphopt.compiler import cpu
 from graphopt.compiler.lossy import relative_distance
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import InputError, TargetError
-from graphopt.observe.report import Report
 from graphopt.passes import quantize_linear_int8
-from graphopt.runtime import candidates, executors, ways
-from graphopt.runtime.candidates import Candidate
+from graphopt.runtime import executors, ways
 from graphopt.runtime.executors.eager import Eager, EagerProgram
-from graphopt.runtime.measure import Timing
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 from tests._models import bert, randn, randomised
+from tests._precision import MODEL, Network, X, made_up, optimized, reasons
 
-X = randn(9, 64)
 CASTS = {"bf16": "cast_to_bfloat16", "fp16": "cast_to_float16", "int8": "quantize_linear_int8"}
-
-
-class Network(nn.Module):
-    """Two projections with an activation between them; each weight has more than 4096 numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-MODEL = randomised(Network()).eval()
-
-
-def optimized(name: str, executor: str = "onednn", model: nn.Module = MODEL, **more: Any) -> Any:
-    """Nothing is timed: the first candidate that is right runs, and the narrow ones come first."""
-    more = {"effort": "fast", "executors": (executor,), **more}
-    return graphopt.optimize(model, (X,), precision=name, **more)
-
-
-def reasons(report: Report, name: str) -> list[str]:
-    return [row.reason for row in report.remarks if row.pass_name == name and row.kind == "missed"]
 
 
 def test_oneDNN_has_float16_where_the_processor_has() -> None:  # noqa: N802
@@ -135,23 +108,6 @@ def test_the_users_metric_decides() -> None:
     assert found.report.loss == 0
     with pytest.raises(InputError, match="max_loss does not say by how much"):
         optimized("int8", metric=changed)
-
-
-def made_up(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[str], float]) -> None:
-    """Candidates take as long as a function of their names says."""
-    known: list[Candidate] = []
-    check = candidates._check
-
-    def checked(candidate: Candidate, *given: Any) -> None:
-        check(candidate, *given)
-        known.append(candidate)
-
-    def timings(runs: Any, **_: Any) -> list[Timing]:
-        right = [candidate for candidate in known if candidate.plan is not None]
-        return [Timing(milliseconds(candidate.name), 0.0, 1) for candidate in right]
-
-    monkeypatch.setattr(candidates, "_check", checked)
-    monkeypatch.setattr(candidates, "interleaved", timings)
 
 
 def test_what_is_slower_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
         modes.append(cuda_graph_mode("", _exported))
         if _transformer_type(problem):
             modes.append(cuda_graph_mode("transformers optimizer", _transformer_optimized))
-    elif problem.precision == "int8":
+    elif problem.precision in ("int8", "int8-static"):
         modes += [mode.narrowed("int8", _quantized(_MADE[mode.name])) for mode in modes]
     return modes
 

@@ -50,7 +50,10 @@ Enable = Annotated[
 Disable = Annotated[list[str] | None, typer.Option(metavar="PASS", help="Leave this pass out. Repeatable.")]
 Precision = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Try narrower numbers, too: bf16, fp16, int8. The default is exact."),
+    typer.Option(
+        metavar="NAME",
+        help="Also try bf16, fp16, int8, int8-static, int8-weights or int4. The default is exact.",
+    ),
 ]
 MaxLoss = Annotated[
     float | None,

@@ -57,7 +57,9 @@ def bench(
         str | None,
         typer.Option(metavar="DTYPE,DTYPE", help="float32, float16, bfloat16; by default as it is."),
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="NAME,NAME", help="Also bf16, fp16 or int8.")] = "exact",
+    precision: Annotated[
+        str, typer.Option(metavar="NAME,NAME", help="Also those that optimize takes: bf16, int8, int4, ...")
+    ] = "exact",
     device: Annotated[
         str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": where the model is.')
     ] = "auto",

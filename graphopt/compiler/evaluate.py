@@ -31,6 +31,7 @@ def evaluate(
     *,
     float64: bool = False,
     noise: torch.Generator | None = None,
+    see: Callable[[fx.Node, Any], None] | None = None,
 ) -> list[Any]:
     """Compute nodes from the values of other nodes, running nothing that is not needed.
 
@@ -42,6 +43,7 @@ def evaluate(
             reference that both sides of a rewrite are compared with.
         noise: round every computed value at random, by up to half a unit in the last place: what then differs
             from run to run is what rounding alone decides (Monte Carlo arithmetic: Parker, 1997).
+        see: called with every node that is computed and its value, which is not kept.
 
     Returns:
         The values of the wanted nodes, in order.
@@ -61,6 +63,8 @@ def evaluate(
             values[node] = _call_float64(node, read) if float64 else _call(node, read)
             if noise is not None and not _is_view(node):
                 values[node] = pytree.tree_map(lambda v: _rounded(v, noise), values[node])
+            if see is not None:
+                see(node, values[node])
             for source in node.all_input_nodes:
                 if source in reads and source.op != "get_attr":
                     reads[source] -= 1

@@ -221,7 +221,7 @@ def _plan(subject: Subject, calls: Sequence[fx.Node]) -> dict[str, Any] | None:
             {
                 "executor": step.executor,
                 "provider": getattr(step.program, "provider", "PyTorch"),
-                "device": plan.device.type,
+                "device": (step.device or plan.device).type,
                 "calls": sum(not is_symbolic(node) for node in step.region.graph.calls),
             }
             for step in plan.steps

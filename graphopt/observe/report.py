@@ -129,18 +129,19 @@ class Report:
 
     @property
     def cuda_graphs(self) -> dict[str, float] | None:
-        """The CUDA graphs as the optimization left them; None where the plan runs on the CPU.
+        """The CUDA graphs as the optimization left them; None where all of the plan runs on the CPU.
 
-        ``coverage`` is the share of the nodes that they hold, ``count`` how many there are (one a shape and
-        step), ``bytes`` what their memory pools hold.
+        ``coverage`` is the share of the nodes on a GPU that they hold, ``count`` how many there are (one a
+        shape and step), ``bytes`` what their memory pools hold.
         """
-        if not self.plan or not str(self.plan[0]["device"]).startswith("cuda"):
+        rows = [row for row in self.plan if str(row["device"]).startswith("cuda")]
+        if not rows:
             return None
-        nodes = sum(row["nodes"] for row in self.plan)
+        nodes = sum(row["nodes"] for row in rows)
         return {
-            "coverage": sum(row.get("graphed_nodes", 0) for row in self.plan) / max(nodes, 1),
-            "count": sum(row.get("cuda_graphs", 0) for row in self.plan),
-            "bytes": sum(row.get("cuda_graph_bytes", 0) for row in self.plan),
+            "coverage": sum(row.get("graphed_nodes", 0) for row in rows) / max(nodes, 1),
+            "count": sum(row.get("cuda_graphs", 0) for row in rows),
+            "bytes": sum(row.get("cuda_graph_bytes", 0) for row in rows),
         }
 
     @property

@@ -46,9 +46,11 @@ class Speed:
 
 # On an EPYC with AVX-512 (PyTorch 2.13, ONNX Runtime 1.31): a call of a region of one relu of one number, and
 # what one node more of that kind adds; Inductor's are taken to lie between. Slowdown: BERT-base 1x128 takes
-# 118 ms in eager, 105 in ONNX Runtime. Decomposed: a layer norm with its sum is read and written twice.
+# 118 ms in eager, 105 in ONNX Runtime. OpenVINO's are taken for ONNX Runtime's, whose session it is behind; a
+# call is measured where it is installed. Decomposed: a layer norm with its sum is read and written twice.
 _CPU = {
     "ort": Speed(0.015, 0.0005),
+    "openvino": Speed(0.015, 0.0005),
     "inductor": Speed(0.01, 0.0005),
     "eager": Speed(0.004, 0.002, slowdown=1.1, decomposed=2.0),
 }
@@ -60,7 +62,7 @@ _CUDA = {
     "eager": Speed(0.005, 0.005, slowdown=1.1, decomposed=2.0),
 }
 _UNKNOWN = Speed(0.03, 0.003)  # an executor that the tables do not have
-_QUICK = ("ort", "eager", "cuda")  # those that compile a region of one node at once
+_QUICK = ("ort", "openvino", "eager", "cuda")  # those that compile a region of one node at once
 
 
 def speed_of(executor: Executor, target: Target, *, measured: bool) -> Speed:

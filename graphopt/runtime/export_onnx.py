@@ -31,7 +31,9 @@ from graphopt.runtime.onnx_translation import has_translation
 
 Device = Literal["cpu", "cuda"]
 OLDEST_OPSET = 18  # PyTorch's own translations are written for it
+NEWEST_OPSET = 24  # beyond the one that models are written in: to it, operators only took on more types
 
+_OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Optional
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -42,7 +44,7 @@ def exported(graph: Graph, device: Device, portable: bool = False, opset: int = 
         graph: rewritten or not; it stays as it is. Its assertions are left out: ONNX has none.
         device: whose fused kernels the model is spelled for.
         portable: use ONNX's own operators only.
-        opset: of ONNX's own operators, 18 to 23.
+        opset: of ONNX's own operators, 18 to 24.
 
     Returns:
         The model. Inputs, outputs and dynamic dimensions have the user's names; ``metadata_props`` tell the
@@ -54,8 +56,8 @@ def exported(graph: Graph, device: Device, portable: bool = False, opset: int = 
     """
     if device not in ("cpu", "cuda"):
         raise InputError(f"device={device!r} is unknown", hint="one of: cpu, cuda")
-    if not OLDEST_OPSET <= opset <= OPSET:
-        raise InputError(f"opset={opset!r} cannot be written", hint=f"{OLDEST_OPSET} to {OPSET}")
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise InputError(f"opset={opset!r} cannot be written", hint=f"{OLDEST_OPSET} to {NEWEST_OPSET}")
     tensors = _of_tensors(graph)
     tuning: Tuning = "portable" if portable else device
     with tuned_for(tuning):
@@ -64,7 +66,7 @@ def exported(graph: Graph, device: Device, portable: bool = False, opset: int = 
     if portable:
         _require_own_operators(model)
     if opset != OPSET:
-        _declare_older(model, opset)
+        _declare(model, opset)
     names = _Names(model)
     inputs = _name_inputs(model, graph, names)
     outputs = _name_outputs(model, graph, names)
@@ -130,8 +132,8 @@ def _require_own_operators(model: ir.Model) -> None:
         del model.opset_imports[domain]
 
 
-def _declare_older(model: ir.Model, opset: int) -> None:
-    """Declare an older opset, in which every node must mean what it means in the newest."""
+def _declare(model: ir.Model, opset: int) -> None:
+    """Declare another opset, in which every node must mean what it means in the one that it is written in."""
     for node in _nodes(model):
         reason = _differs(node, opset) if node.domain in ("", "ai.onnx") else None
         if reason is not None:
@@ -142,17 +144,18 @@ def _declare_older(model: ir.Model, opset: int) -> None:
 
 
 def _differs(node: ir.Node, opset: int) -> str | None:
-    """Why a node is not the same in an older opset."""
-    new = onnx.defs.get_schema(node.op_type, OPSET, "")
+    """Why a node is not the same in another opset."""
+    ours = onnx.defs.get_schema(node.op_type, OPSET, "")
     try:
-        old = onnx.defs.get_schema(node.op_type, opset, "")
+        other = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
-        return f"is not in opset {opset}: it is in {new.since_version}"
-    if old.since_version == new.since_version:
+        return f"is not in opset {opset}: it is in {ours.since_version}"
+    if ours.since_version == other.since_version:
         return None
-    if _interface(old) != _interface(new):
-        return f"is another operator in opset {opset} than in {new.since_version}"
-    for formal, value in zip(old.inputs, node.inputs, strict=False):
+    first, second = (other, ours) if opset < OPSET else (ours, other)
+    if not _extends(second, first, may_grow=opset > OPSET):
+        return f"is another operator in opset {opset} than in {OPSET}"
+    for formal, value in zip(other.inputs, node.inputs, strict=False):
         if value is not None and value.dtype is not None:
             given = f"tensor({value.dtype.name.lower()})"
             if given not in formal.types:
@@ -160,14 +163,39 @@ def _differs(node: ir.Node, opset: int) -> str | None:
     return None
 
 
-def _interface(schema: Any) -> tuple[Any, ...]:
-    """What a caller of an operator sees: names and kinds of its inputs, outputs and attributes."""
-    attributes = {
+def _extends(new: Any, old: Any, *, may_grow: bool) -> bool:
+    """Whether a newer schema means the same to whoever calls it as the older one is called.
+
+    Args:
+        new: the newer schema.
+        old: the older one.
+        may_grow: it may have more inputs and attributes, if those may be left out.
+    """
+    before, after = _attributes(old), _attributes(new)
+    ends = [(_ends(schema.inputs), _ends(schema.outputs)) for schema in (old, new)]
+    if before == after and ends[0] == ends[1]:
+        return True
+    more = [new.attributes[name] for name in after.keys() - before.keys()]
+    more_inputs = new.inputs[len(old.inputs) :]
+    return (
+        may_grow
+        and {name: after.get(name) for name in before} == before
+        and not any(attribute.required for attribute in more)
+        and all(end.option == _OPTIONAL for end in more_inputs)
+        and ends[1][0][: len(old.inputs)] == ends[0][0]
+        and ends[1][1] == ends[0][1]
+    )
+
+
+def _attributes(schema: Any) -> dict[str, tuple[Any, ...]]:
+    return {
         name: (attribute.type, attribute.required, attribute.default_value.SerializeToString())
         for name, attribute in schema.attributes.items()
     }
-    ends = [(end.name, end.option) for end in (*schema.inputs, *schema.outputs)]
-    return attributes, ends
+
+
+def _ends(values: Any) -> list[tuple[Any, ...]]:
+    return [(end.name, end.option) for end in values]
 
 
 # Names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -18,7 +18,7 @@ from graphopt.runtime.crossing import Costs
 from graphopt.runtime.executors import EXECUTORS, Executor
 from graphopt.runtime.plan import Plan, Step, ends_of
 from graphopt.runtime.region import Region, extract
-from graphopt.runtime.regions import Group, Unit, cheapest, take_turns, units_of
+from graphopt.runtime.regions import Group, Unit, cheapest, take_turns, whole_units
 from graphopt.runtime.target import Target
 
 
@@ -76,8 +76,8 @@ def cut(graph: Graph, executors: Sequence[Executor], target: Target, remarks: Re
     Raises:
         LoweringError: no executor takes a node.
     """
-    units = units_of(graph, lambda node: is_symbolic(node) and graph.output not in node.users)
-    refusals = [_refusals(unit.nodes[0], graph, executors, target) for unit in units]
+    units = whole_units(graph)
+    refusals = [refusals_of(unit.nodes[0], executors, target) for unit in units]
     owner = _first_choice(units, refusals, remarks)
     return Cut(graph, executors, units, refusals, take_turns(units, owner))
 
@@ -114,7 +114,9 @@ def merged(found: Cut, target: Target, effort: str) -> Cut:
         found, best = moved, total
 
 
-def compiled(found: Cut, target: Target, remarks: Remarks, effort: str = "measured") -> Plan:
+def compiled(
+    found: Cut, target: Target, remarks: Remarks, effort: str = "measured", name: str = "region"
+) -> Plan:
     """Compile the regions of a cut; one that fails goes to the next executor, with a remark.
 
     Args:
@@ -122,24 +124,26 @@ def compiled(found: Cut, target: Target, remarks: Remarks, effort: str = "measur
         target: where it is to run.
         remarks: takes what failed, and what each region costs at least.
         effort: "measured" lets executors time alternatives, "fast" does not.
+        name: of the steps, before their number.
 
     Raises:
         LoweringError: all executors failed on a region.
     """
     steps: list[Step] = []
     names = [executor.name for executor in found.executors]
-    for index, (name, members) in enumerate(found.groups):
+    for index, (owner, members) in enumerate(found.groups):
         nodes = [node for member in members for node in found.units[member].nodes]
-        region = extract(found.graph, sorted(nodes), f"region{index}")
-        step = _compile(region, found.executors[names.index(name) :], target, remarks, effort)
-        steps.append(replace(step, reason=_why_here(step.executor, name, found, members)))
+        region = extract(found.graph, sorted(nodes), f"{name}{index}")
+        step = _compile(region, found.executors[names.index(owner) :], target, remarks, effort)
+        steps.append(replace(step, reason=_why_here(step.executor, owner, found, members)))
         _analyse(steps[-1], target, remarks)
     outputs, constants = ends_of(found.graph)
     inputs = tuple(node.name for node in found.graph.placeholders)
-    return Plan(target.device, inputs, outputs, constants, _with_lifetimes(steps, found.graph))
+    returned = (node.name for node in found.graph.output.all_input_nodes)
+    return Plan(target.device, inputs, outputs, constants, with_lifetimes(steps, returned))
 
 
-def _refusals(node: fx.Node, graph: Graph, executors: Sequence[Executor], target: Target) -> Refusals:
+def refusals_of(node: fx.Node, executors: Sequence[Executor], target: Target) -> Refusals:
     """Why executors cannot take a node; None for those that can.
 
     Raises:
@@ -261,9 +265,9 @@ def _analyse(step: Step, target: Target, remarks: Remarks) -> None:
     remarks.add("analysis", "partition", nodes[0], reason, bytes=moved, flops=flops, ms=limit)
 
 
-def _with_lifetimes(steps: Sequence[Step], graph: Graph) -> tuple[Step, ...]:
-    """Note for each step which values die with it."""
-    alive = {node.name for node in graph.output.all_input_nodes}
+def with_lifetimes(steps: Sequence[Step], returned: Iterable[str]) -> tuple[Step, ...]:
+    """Note for each step which values die with it: all but those that are returned."""
+    alive = set(returned)
     placed: list[Step] = []
     for step in reversed(steps):
         frees = [name for name in (*step.region.reads, *step.region.writes) if name not in alive]

@@ -26,6 +26,7 @@ class Step:
         program: the compiled region.
         frees: names of values that nobody reads after this step.
         reason: why it is this executor's, in words.
+        device: where it runs, and what it makes is; None for the plan's device.
     """
 
     executor: str
@@ -33,6 +34,7 @@ class Step:
     program: Program
     frees: tuple[str, ...] = ()
     reason: str = ""
+    device: torch.device | None = None
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the program; an error is told which step it came from."""
@@ -55,12 +57,12 @@ class Plan:
     """What the scheduler runs.
 
     Args:
-        device: where.
+        device: where inputs and outputs are, and steps that do not say otherwise run.
         inputs: names of the tensor inputs, in calling order.
         outputs: what the model returns, in order: the name of a value, or a literal.
         constants: values that the model returns as they are.
         steps: in order.
-        lanes: of each step, when they run side by side: a thread on a CPU, a stream on a GPU.
+        lanes: of each step, when they run side by side on one device: a thread on a CPU, a stream on a GPU.
         runner: runs them so; None runs them in order.
         padded: of a plan that packs tokens, what runs instead where there is nothing to gain.
     """
@@ -94,7 +96,7 @@ class Plan:
                     "step": step.region.name,
                     "executor": step.executor,
                     "reason": step.reason,
-                    "device": str(self.device),
+                    "device": str(step.device or self.device),
                     "nodes": len(step.region.graph.calls),
                     "ops": counts,
                     "reads": list(step.region.reads),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from graphopt.ir.graph import Graph, is_getitem
+from graphopt.ir.graph import Graph, is_getitem, is_symbolic
 
 Group = tuple[str, list[int]]
 
@@ -28,6 +28,11 @@ class Unit:
 
     nodes: tuple[fx.Node, ...]
     needs: frozenset[int]
+
+
+def whole_units(graph: Graph) -> list[Unit]:
+    """The calls of a graph as units, but for sizes: these are computed inside each region that needs them."""
+    return units_of(graph, lambda node: is_symbolic(node) and graph.output not in node.users)
 
 
 def units_of(graph: Graph, left_out: Callable[[fx.Node], bool]) -> list[Unit]:

@@ -15,15 +15,36 @@ _KNOWN = ("auto", "cpu", "cuda", "cuda:<index>")
 
 @dataclass(frozen=True)
 class Target:
-    """A device to optimize for.
+    """A device to optimize for, and those that may help it.
+
+        two = graphopt.Target(torch.device("cuda:0"), beside=(torch.device("cuda:1"),))
+        graphopt.optimize(model, args, target=two)
 
     Args:
         device: the device that inputs, weights and outputs are on.
         ort: how the executors on ONNX Runtime open their sessions.
+        beside: other devices, which may compute a part of the model where that is faster, copies included;
+            they keep weights of their own for that part.
+
+    Raises:
+        TargetError: a device is named twice, or cannot run a part of a model.
     """
 
     device: torch.device
     ort: OrtOptions = field(default_factory=OrtOptions)
+    beside: tuple[torch.device, ...] = ()
+
+    def __post_init__(self) -> None:
+        for device in self.beside and (self.device, *self.beside):
+            if not isinstance(device, torch.device) or device.type not in ("cpu", "cuda"):
+                raise TargetError(
+                    f"{device!r} cannot run a part of a model", hint="beside=(torch.device('cuda:1'),)"
+                )
+            if device.type == "cuda" and device.index is None:
+                raise TargetError(f"{device!r} does not say which GPU", hint="torch.device('cuda:1')")
+        if len({self.device, *self.beside}) <= len(self.beside):
+            named = ", ".join(map(str, (self.device, *self.beside)))
+            raise TargetError(f"a device is named twice: {named}")
 
     @staticmethod
     def of(target: str | Target, home: torch.device) -> Target:

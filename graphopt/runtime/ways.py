@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, LoweringError, TargetError
+from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph
+from graphopt.runtime.across import plan_across
 from graphopt.runtime.candidates import Candidate, Judge
 from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
@@ -38,20 +39,44 @@ def plan_candidates(
         LoweringError: the executors insisted on cannot run the model.
         TargetError: an executor is unknown, or what it runs on is not there.
     """
+    across = _across(rewritten, executors, target, remarks, effort) if target.beside else []
+    timed = effort == "measured"  # otherwise the first is taken, and costs have told whether several gain
     if executors is not None:
         plan = partition(rewritten, _present(executors, target, remarks), target, remarks, effort)
-        return [Candidate(" + ".join(executors), rewritten, plan)]
-    native = "ort" if target.device.type == "cpu" else "cuda"
-    compile_too = effort == "measured" and _is_worth_compiling(rewritten, target)
+        alone = [Candidate(" + ".join(executors), rewritten, plan)]
+        return [*alone, *across] if timed else [*across, *alone]
+    native = _native_name(target)
+    compile_too = timed and _is_worth_compiling(rewritten, target)
     candidates = _native(native, rewritten, target, remarks, effort, compile_too)
-    other = besides(target) if effort == "measured" else None
+    other = besides(target) if timed else None
     if other is not None and _is_here(other, target, remarks):
         candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
     if compile_too:
         candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
     for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
         candidates.append(_way(name, graph, ("eager",), target, remarks, effort))
-    return candidates
+    return [*candidates, *across] if timed else [*across, *candidates]
+
+
+def _native_name(target: Target) -> str:
+    """The executor that is made for a device."""
+    return "ort" if target.device.type == "cpu" else "cuda"
+
+
+def _across(
+    graph: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks, effort: str
+) -> list[Candidate]:
+    """The way to run a graph on all of a target's devices."""
+
+    def order(each: Target) -> list[Executor]:
+        return find_executors(executors or (_native_name(each), "eager"))
+
+    candidate = Candidate("several devices", graph, None)
+    try:
+        candidate.plan = plan_across(graph, target, order, remarks, effort)
+    except (GraphoptError, RuntimeError) as error:  # of a device whose memory is too small, too
+        candidate.drop(error.message if isinstance(error, GraphoptError) else said(error), remarks)
+    return [candidate]
 
 
 def narrowed_candidates(
@@ -147,7 +172,7 @@ def plan_packed(
         remarks: takes what was refused.
         effort: as for ``plan_candidates``.
     """
-    native = "ort" if target.device.type == "cpu" else "cuda"
+    native = _native_name(target)
     order = (native, "eager") if executors is None else tuple(executors)
     name = f"{native if executors is None else ' + '.join(order)}, {PACKED}"
     try:

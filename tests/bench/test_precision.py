@@ -53,6 +53,7 @@ def mode_of(peer: str, given: Problem, name: str) -> Mode:
         ("inductor", "bf16", {"default": "exact", "max-autotune": "exact", "default, bf16": "bf16",
                               "max-autotune, bf16": "bf16"}),
         ("onnxruntime", "int8", {"": "exact", "int8": "int8"}),
+        ("onnxruntime", "int8-static", {"": "exact", "int8": "int8"}),
         ("onnxruntime", "bf16", {"": "exact"}),
         ("openvino", "bf16", {"": "exact", "bf16": "bf16"}),
         ("openvino", "int8", {"": "exact"}),
@@ -172,7 +173,10 @@ def test_a_case_of_a_precision_is_named_and_typed() -> None:
         _kinds(None, "int3")
 
 
-def test_the_suite_has_both_precisions_of_every_case() -> None:
+def test_the_suite_has_every_precision_of_every_encoder() -> None:
     cases = SUITES["cpu-lossy"].cases
-    assert {case.precision for case in cases} == {"int8", "bf16"}
-    assert len({(case.spec, *case.sizes.values()) for case in cases}) == len(cases) / 2 == 4
+    encoders = [case for case in cases if case.spec in ("bench.models:minilm", "bench.models:bert_base")]
+    assert {case.precision for case in encoders} == {"int8", "int8-static", "bf16"}
+    assert len({(case.spec, *case.sizes.values()) for case in encoders}) == len(encoders) / 3 == 4
+    others = {case.precision for case in cases if case not in encoders}
+    assert others == {"int8-static", "int8-weights", "int4"}

@@ -331,6 +331,13 @@ MAIN_NODES = [
         "bias",
         {**dict.fromkeys(MULTI, "MatMulIntegerToFloat"), "portable": "MatMulInteger"},
     ),
+    ("block_quantized_linear", "4 bits, bias", {**dict.fromkeys(MULTI, "MatMulNBits"), "portable": "Gemm"}),
+    (
+        "static_quantized_linear",
+        "bias",
+        {**dict.fromkeys(MULTI, "MatMulIntegerToFloat"), "portable": "MatMulInteger"},
+    ),
+    ("quantized_conv", "bias", "Conv"),
     ("masked_mean_pool", "token mask", "MatMul"),
     ("pack_tokens", "a token a sequence", "Gather"),
     ("packed_attention", "three sequences", "Attention"),

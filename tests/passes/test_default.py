@@ -13,7 +13,7 @@ import graphopt.passes
 from graphopt.compiler.pass_ import PASSES, Pass, register
 from graphopt.errors import PassError
 from graphopt.kernels.attention import OP as ATTENTION
-from graphopt.passes.default import PACKING, PIPELINE, packing, pipeline
+from graphopt.passes.default import CALIBRATING, PACKING, PIPELINE, packing, pipeline
 from graphopt.passes.remove_dead_code import PASS as REMOVE_DEAD_CODE
 from tests import _models as models
 from tests._models import Example, padding, tokens
@@ -35,8 +35,9 @@ def names(*args, **kwargs) -> list[str]:
 def test_every_pass_has_a_place_and_a_reason() -> None:
     folder = Path(str(graphopt.passes.__file__)).parent
     files = {path.stem for path in folder.glob("*.py") if not path.name.startswith("_")} - {"default"}
-    assert {entry.rule.name for entry in (*PIPELINE, *PACKING)} == files
-    assert all(entry.why for entry in (*PIPELINE, *PACKING))
+    entries = (*PIPELINE, *PACKING, *CALIBRATING)
+    assert {entry.rule.name for entry in entries} == files
+    assert all(entry.why for entry in entries)
 
 
 def test_the_default_runs_everything_up_to_level_2() -> None:

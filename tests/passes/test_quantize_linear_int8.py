@@ -11,9 +11,11 @@ from graphopt.capture.export import capture
 from graphopt.compiler import cpu
 from graphopt.compiler.lossy import relative_distance
 from graphopt.compiler.rewriter import Rewriter
+from graphopt.kernels.gated_mlp import OP as GATED_MLP
 from graphopt.kernels.linear_activation import OP
 from graphopt.passes import fuse_linear_activation, quantize_linear_int8
-from graphopt.passes.quantize_linear_int8 import PASS, quantized
+from graphopt.passes._projections import rows_in_int8
+from graphopt.passes.quantize_linear_int8 import PASS
 from tests._models import randn
 from tests.passes._harness import program, results, run, text
 from tests.passes._lossy import lossy
@@ -77,7 +79,7 @@ def test_sums_of_pairs_do_not_saturate_without_vnni(
 def test_codes_and_scales() -> None:
     weight = randn(6, 64)
     weight[2] = 0
-    codes, scale = quantized(weight, 127)
+    codes, scale = rows_in_int8(weight, 127)
     assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, (6, 64), (6,))
     torch.testing.assert_close(codes * scale[:, None], weight, rtol=0, atol=float(scale.max()) / 2 + 1e-6)
     assert not codes[2].any()
@@ -111,6 +113,29 @@ def test_a_residual_is_refused() -> None:
     )
     graph = capture(model, (X, randn(3, 5, 80)), {})
     assert refusal(graph) == "a residual is added behind the activation"
+
+
+def test_a_gated_block_has_two_products() -> None:
+    model = program(
+        lambda m, x: GATED_MLP.overload(x, m.gate, m.up, None, m.bias, "gelu"),
+        gate=randn(80, 64) / 8,
+        up=randn(80, 64, seed=1) / 8,
+        bias=randn(80),
+    )
+    graph = lossy(PASS, model, X)
+    product = "graphopt.dynamic_quantized_linear(x, <in int8: {0}>, <a scale a row: {0}>, {1})"
+    assert text(graph).splitlines()[:3] == [
+        "%0 = " + product.format("up", "bias"),
+        "%1 = " + product.format("gate", "None, gelu, 1"),
+        "%2 = mul(%1, %0)",
+    ]
+    with torch.no_grad():
+        assert 0 < relative_distance([model(X)], results(graph, [X])) < 0.02
+
+
+def test_a_gated_block_with_one_computed_weight_is_refused() -> None:
+    model = program(lambda m, x, up: GATED_MLP.overload(x, m.gate, up), gate=randn(80, 64))
+    assert refusal(capture(model, (X, randn(80, 64)), {})) == "the weight is not a constant"
 
 
 def test_it_waits_for_its_name() -> None:

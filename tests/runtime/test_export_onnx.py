@@ -22,6 +22,7 @@ import graphopt
 from graphopt.compiler.compare import compare
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import InputError, LoweringError
+from graphopt.runtime import export_onnx
 from tests import _models
 from tests._models import Example, randn, randomised
 from tests.passes._harness import program
@@ -286,6 +287,36 @@ def test_an_older_opset_serves_what_is_the_same_in_it(tmp_path: Path) -> None:
     model = exported(forward, randn(2, 5, 8), tmp_path=tmp_path, weights=weights, opset=19)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 19)]
     onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_newer_opset_serves_what_only_took_on_more_types(name: str, tmp_path: Path) -> None:
+    """Attention, too: in opset 24 it has one input more, which may be left out."""
+    example, opt = optimized(name)
+    answers = []
+    for opset in (23, 24):
+        opt.export_onnx(tmp_path / "model.onnx", True, opset=opset)
+        written = loaded(tmp_path / "model.onnx")
+        assert [(entry.domain, entry.version) for entry in written.opset_import] == [("", opset)]
+        assert "Attention" in {node.op_type for node in written.graph.node}
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        answers.append(session.run(None, fed(example, names)))
+    for older, newer in zip(*answers, strict=True):
+        np.testing.assert_array_equal(older, newer)
+
+
+def test_an_operator_that_changed_its_meaning_is_refused() -> None:
+    """Of a newer schema, what is left out may be new, and nothing else."""
+    schema = onnx.defs.get_schema
+    newer, older = schema("Attention", 24, ""), schema("Attention", 23, "")
+    assert export_onnx._extends(newer, older, may_grow=True)
+    assert not export_onnx._extends(newer, older, may_grow=False)
+    assert not export_onnx._extends(older, newer, may_grow=True)
+    split = schema("Split", 18, ""), schema("Split", 13, "")  # num_outputs may be left out: it was not there
+    assert export_onnx._extends(*split, may_grow=True)
+    reduce = schema("ReduceSum", 13, ""), schema("ReduceSum", 11, "")  # axes were an attribute
+    assert not export_onnx._extends(*reduce, may_grow=True)
 
 
 def test_an_opset_too_old_for_an_operator_is_refused(tmp_path: Path) -> None:

@@ -82,6 +82,24 @@ def test_products_of_8_bits(activation: str, bias: bool) -> None:
     assert [row.op for row in times] == ["int8_linear"]
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "mish"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_8_bits_with_fixed_steps(activation: str, bias: bool) -> None:
+    op = OPS["static_quantized_linear"].overload
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        added = m.bias if bias else None
+        return op(x, m.weight, m.scale, m.factor, 117, added, activation=activation)
+
+    weight = torch.randint(-63, 64, (8, 16), dtype=torch.int8)
+    weights = {"weight": weight, "scale": torch.rand(8) / 2000, "factor": 20 + 20 * torch.rand(16)}
+    built, graph = compiled(forward, X, **weights, bias=randn(8))
+    assert "static_int8_linear" in targets(built)
+    assert worst_error(built.run([X]), results(graph, [X], float64=True)) < 1e-5
+    far = 100 * X  # beyond the range
+    assert worst_error(built.run([far]), results(graph, [far], float64=True)) < 1e-5
+
+
 def test_nothing_to_pack() -> None:
     with pytest.raises(LoweringError, match="no product of the region has a weight to pack"):
         compiled(lambda m, x: x.relu(), X)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -27,6 +27,14 @@ class Program(Protocol):
 
     def notes(self) -> list[Note]:
         """What it has to remark, once it has run."""
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """A program with threads of its own, where others take PyTorch's."""
+
+    def with_threads(self, threads: int) -> Program:
+        """The same with so many threads at most, which begin where the caller's thread may run."""
 
 
 @dataclass(frozen=True)

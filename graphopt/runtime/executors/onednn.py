@@ -17,7 +17,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.op import op_of
 from graphopt.ir.pattern import argument
-from graphopt.kernels import dynamic_quantized_linear, linear_activation
+from graphopt.kernels import dynamic_quantized_linear, linear_activation, static_quantized_linear
 from graphopt.kernels._activations import TORCH
 from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.executors.eager import timed
@@ -33,6 +33,9 @@ _EPILOGUES = {
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
 }
+
+# Those that products in 8 bits take.
+_INT8_EPILOGUES = {name: _EPILOGUES[name] for name in ("none", "relu", "gelu", "gelu_tanh")}
 
 
 class OnednnProgram(Silent):
@@ -192,6 +195,70 @@ def int8_linear(
     return TORCH[activation](out_MN, parameter).view(*x.shape[:-1], right_2N.shape[1])
 
 
+def _packed_static_int8(module: fx.GraphModule, node: fx.Node, weight: torch.Tensor) -> bool:
+    """``onednn::qlinear_pointwise`` with the bias in it, and those activations that it takes."""
+    names = ("scale", "factor", "bias")
+    scale, factor, bias = (_constant(module, argument(node, name)) for name in names)
+    if scale is None or factor is None or scale.dtype != torch.float32:
+        return False
+    if bias is None and argument(node, "bias") is not None:
+        return False
+    packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+    zeros = torch.zeros(weight.shape[0], dtype=torch.int32)
+    held = [_attribute(module, node, tensor) for tensor in (packed, scale, zeros, factor)]
+    rest = [argument(node, name) for name in ("zero_point", "bias", "activation", "parameter")]
+    node.args, node.kwargs = (argument(node, "x"), *held, *rest), {}
+    node.target = static_int8_linear
+    return True
+
+
+def static_int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale_N: torch.Tensor,
+    zeros_N: torch.Tensor,
+    factor_K: torch.Tensor,
+    zero_point: int,
+    bias_N: torch.Tensor | None,
+    activation: str,
+    parameter: float,
+) -> torch.Tensor:
+    """``graphopt::static_quantized_linear`` with a packed weight.
+
+    Args:
+        x: (..., K), float32.
+        packed: the weight, as oneDNN wants it.
+        scale_N: (N,), of the product.
+        zeros_N: (N,), int32 zeros: those of the weight.
+        factor_K: (K,), steps of x, inverted.
+        zero_point: the code of 0.
+        bias_N: (N,), float32, or None.
+        activation: behind the product.
+        parameter: of the activation.
+    """
+    scaled_MK = x.reshape(-1, x.shape[-1]) * factor_K
+    codes_MK = scaled_MK.round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+    inside = _INT8_EPILOGUES.get(activation)
+    name, variant = ("none", "") if inside is None else inside
+    out_MN = torch.ops.onednn.qlinear_pointwise(
+        codes_MK,
+        1.0,
+        zero_point,
+        packed,
+        scale_N,
+        zeros_N,
+        bias_N,
+        1.0,
+        0,
+        torch.float32,
+        name,
+        [],
+        variant,
+    )
+    out_MN = out_MN if inside is not None else TORCH[activation](out_MN, parameter)
+    return out_MN.view(*x.shape[:-1], scale_N.shape[0])
+
+
 def _constant(module: fx.GraphModule, node: Any) -> torch.Tensor | None:
     """The tensor that a ``get_attr`` node of a module reads; None for anything else."""
     is_constant = isinstance(node, fx.Node) and node.op == "get_attr"
@@ -210,4 +277,5 @@ _RULES: dict[Any, Callable[[fx.GraphModule, fx.Node, torch.Tensor], bool]] = {
     aten.linear.default: _packed_linear,
     linear_activation.OP.overload: _packed_linear,
     dynamic_quantized_linear.OP.overload: _packed_int8,
+    static_quantized_linear.OP.overload: _packed_static_int8,
 }

@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 
 from graphopt.compiler.remarks import Remarks
+from graphopt.errors import LoweringError
 from graphopt.runtime import scheduler
 from graphopt.runtime.measure import interleaved
 from graphopt.runtime.plan import Plan
@@ -31,6 +32,8 @@ def arranged(
 ) -> Plan:
     """The plan with lanes, where its steps are faster side by side; otherwise the plan.
 
+    A plan over several devices is arranged already.
+
     Args:
         plan: in order; it has run.
         inputs: the example inputs: flat tensors.
@@ -39,7 +42,7 @@ def arranged(
     """
     on_gpu = plan.device.type == "cuda"
     lanes = _STREAMS if on_gpu else torch.get_num_threads()
-    if lanes < 2 or len(plan.steps) < 2:
+    if plan.runner is not None or lanes < 2 or len(plan.steps) < 2:
         return plan
     kind = plan.device.type
     if plan_tasks(plan, [0.0] * len(plan.steps), kind).is_chain:
@@ -52,7 +55,11 @@ def arranged(
     if schedule.makespan > _WORTH * sum(seconds):
         return plan
     on = {placed.task: int(placed.device) for placed in schedule.placements}
-    beside = with_lanes(plan, [on[step.region.name] for step in plan.steps], lanes)
+    try:
+        beside = with_lanes(plan, [on[step.region.name] for step in plan.steps], lanes)
+    except LoweringError as error:
+        remarks.add("missed", "scheduler", None, f"steps run in order: {error.message}")
+        return plan
     if not is_right(scheduler.run(beside, inputs)):
         return plan
     runs = [lambda: scheduler.run(plan, inputs), lambda: scheduler.run(beside, inputs)]
@@ -71,16 +78,22 @@ def arranged(
 def with_lanes(plan: Plan, lanes: Sequence[int], count: int) -> Plan:
     """The plan, its steps on lanes: streams of a GPU, or threads of a CPU that share its cores.
 
+    On a CPU the steps' programs become those of ``Lanes``, with no more threads than a lane has.
+
     Args:
         plan: the plan.
         lanes: of each step, 0 and up.
         count: of lanes that share the cores.
+
+    Raises:
+        LoweringError: a program cannot be had with the threads of a lane.
     """
     numbers = {lane: number for number, lane in enumerate(dict.fromkeys(lanes))}
     bare = dataclasses.replace(plan, lanes=tuple(numbers[lane] for lane in lanes))
     if plan.device.type == "cuda":
         return dataclasses.replace(bare, runner=Streams(bare))
-    return dataclasses.replace(bare, runner=Lanes(bare, max(1, torch.get_num_threads() // count)))
+    runner = Lanes(bare, max(1, torch.get_num_threads() // count))
+    return dataclasses.replace(runner.plan, runner=runner)
 
 
 def step_seconds(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[float]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import os
 import queue
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from graphopt.errors import ExecutionError
 from graphopt.runtime import scheduler
+from graphopt.runtime.executors import Program
+from graphopt.runtime.executors._protocol import Threaded
 from graphopt.runtime.plan import Plan, Value
 
 _LOOK_S = 0.5  # how often a caller looks whether the lanes that it waits for are alive
@@ -23,15 +28,21 @@ Job = Callable[[], None]
 class Lanes:
     """Runs a plan on threads: every lane runs its steps in order, and waits for those that it reads from.
 
+    Each lane has cores of its own where there are enough, and so have the threads that its operators start.
     The threads end when nobody holds the lanes any more.
 
     Args:
         plan: the plan; its lanes say which thread runs which step.
-        threads: that an operator inside a step may use, PyTorch's own pool of a lane.
+        threads: that an operator inside a step may use: of PyTorch's own pool of a lane, or of a program's.
+
+    Attributes:
+        plan: the same with programs that have no more threads than their lane.
+
+    Raises:
+        LoweringError: a program cannot be had with fewer threads.
     """
 
     def __init__(self, plan: Plan, threads: int) -> None:
-        self._plan = plan
         self._steps = [
             [index for index, lane in enumerate(plan.lanes) if lane == number]
             for number in range(max(plan.lanes) + 1)
@@ -42,9 +53,24 @@ class Lanes:
         ]
         self.readers = Counter(name for step in plan.steps for name in set(step.region.reads))
         self.readers.update(end.name for end in plan.outputs if isinstance(end, Value))
-        self._workers = [_Worker(number, threads) for number in range(len(self._steps))]
+        cores = _cores(len(self._steps), threads)
+        self._workers = [_Worker(number, threads, own) for number, own in enumerate(cores)]
         self._submitting = threading.Lock()
         weakref.finalize(self, _stop, self._workers)
+        programs = dict(self._made_in_lanes(plan, threads))
+        steps = (replace(step, program=programs[index]) for index, step in enumerate(plan.steps))
+        self.plan = replace(plan, steps=tuple(steps))
+
+    def _made_in_lanes(self, plan: Plan, threads: int) -> Iterator[tuple[int, Program]]:
+        """Every step's program, made by its lane: the threads that it starts stay on the lane's cores."""
+        for worker, indices in zip(self._workers, self._steps, strict=True):
+            for index in indices:
+                program = plan.steps[index].program
+                if isinstance(program, Threaded):
+                    made: Future[Program] = Future()
+                    worker.submit(functools.partial(_make, made, program, threads))
+                    program = made.result()
+                yield index, program
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         """Run the plan; calls from several threads share the lanes, first come, first served.
@@ -55,8 +81,8 @@ class Lanes:
             ExecutionError: a lane's thread died in the middle.
         """
         if self._dead() is not None:
-            return scheduler.run(self._plan, inputs)
-        call = _Call(self._plan, self.sources, self.readers, inputs)
+            return scheduler.run(self.plan, inputs)
+        call = _Call(self.plan, self.sources, self.readers, inputs)
         ended = threading.Semaphore(0)
         with self._submitting:  # in one order on all lanes: otherwise two calls may wait for each other
             for worker, steps in zip(self._workers, self._steps, strict=True):
@@ -153,14 +179,15 @@ class _Worker:
     Args:
         number: of its lane.
         threads: that PyTorch's operators may use in it.
+        cores: that it may run on, and whatever threads it starts; empty for any.
     """
 
-    def __init__(self, number: int, threads: int) -> None:
+    def __init__(self, number: int, threads: int, cores: Sequence[int]) -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         ready = threading.Event()
         name = f"graphopt-lane-{number}"
         self._thread = threading.Thread(
-            target=_work, args=(self._jobs, threads, ready), name=name, daemon=True
+            target=_work, args=(self._jobs, threads, cores, ready), name=name, daemon=True
         )
         own = torch.get_num_threads()
         self._thread.start()
@@ -181,7 +208,28 @@ class _Worker:
         self._jobs.put(None)
 
 
-def _work(jobs: queue.SimpleQueue[Job | None], threads: int, ready: threading.Event) -> None:
+def _cores(lanes: int, threads: int) -> list[Sequence[int]]:
+    """Cores for each lane, so many as it has threads; none where there are too few, or no way to choose."""
+    if not hasattr(os, "sched_setaffinity"):
+        return [()] * lanes
+    every = sorted(os.sched_getaffinity(0))
+    if lanes * threads > len(every):
+        return [()] * lanes
+    return [every[lane * threads : (lane + 1) * threads] for lane in range(lanes)]
+
+
+def _make(made: Future[Program], program: Threaded, threads: int) -> None:
+    try:
+        made.set_result(program.with_threads(threads))
+    except BaseException as error:
+        made.set_exception(error)
+
+
+def _work(
+    jobs: queue.SimpleQueue[Job | None], threads: int, cores: Sequence[int], ready: threading.Event
+) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)  # of this thread; those that it starts begin with the same
     torch.get_num_threads()  # the first use of a thread's pool resets what the thread has set before
     torch.set_num_threads(threads)
     ready.set()

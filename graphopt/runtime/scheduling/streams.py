@@ -61,17 +61,17 @@ class Streams:
                 current.wait_stream(stream)
         for end in plan.outputs:
             if isinstance(end, Value) and self._lane_of.get(end.name, 0):
-                _lend(values[end.name], current)
+                lend(values[end.name], current)
         return plan.ends(values)
 
     def _await(self, index: int, stream: Any, values: dict[str, Any], ended: dict[str, Any]) -> None:
         for name in sorted(self._crossing[index]):
             if name in ended:
                 stream.wait_event(ended[name])
-            _lend(values[name], stream)
+            lend(values[name], stream)
 
 
-def _lend(value: Any, stream: Any) -> None:
+def lend(value: Any, stream: Any) -> None:
     """Tell the allocator that a stream reads what was made on another."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and leaf.is_cuda:

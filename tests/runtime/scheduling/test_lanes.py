@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -14,16 +16,20 @@ from typing import Any
 import pytest
 import torch
 
+from graphopt.capture.export import capture
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import ExecutionError
-from graphopt.runtime import scheduler
+from graphopt.errors import ExecutionError, LoweringError
+from graphopt.runtime import partition, scheduler
 from graphopt.runtime.measure import Timing
+from graphopt.runtime.ort_options import OrtOptions
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.scheduling import arrange, lanes
 from graphopt.runtime.scheduling.arrange import arranged, with_lanes
 from graphopt.runtime.scheduling.lanes import Lanes
 from graphopt.runtime.scheduling.tasks import plan_tasks
-from tests.runtime.scheduling._plans import diamond, plan, step
+from graphopt.runtime.target import Target
+from tests._models import randn, randomised
+from tests.runtime.scheduling._plans import CPU, Program, diamond, plan, step
 
 X = torch.ones(4)
 
@@ -153,6 +159,93 @@ def test_lanes_have_their_share_of_the_cores_and_leave_the_callers_alone() -> No
             assert pool.submit(torch.get_num_threads).result() == 4
     finally:
         torch.set_num_threads(own)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to choose cores")
+def test_lanes_have_cores_of_their_own_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = os.sched_getaffinity(0)
+    found: dict[str, set[int]] = {}
+
+    def note(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            found[name] = os.sched_getaffinity(0)
+            return x
+
+        return run
+
+    made = diamond(note("left"), note("right"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    scheduler.run(beside(made, 0, 0, 1, 0), [X])
+    one, other = found["left"], found["right"]
+    if len(every) > 1:
+        assert len(one) == len(other) == 1
+        assert one != other
+    assert os.sched_getaffinity(0) == every  # the caller's
+    scheduler.run(beside(made, *range(4)), [X])
+    assert len(every) >= 4 or found["left"] == every  # too few: no lane is held to any
+
+
+# ONNX Runtime
+
+
+class Branches(torch.nn.Module):
+    """Two products of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = torch.nn.Linear(32, 64), torch.nn.Linear(32, 64)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.left(x)), torch.tanh(self.right(x))
+
+
+def branches(x: torch.Tensor) -> Plan:
+    """Each branch a region of ONNX Runtime, in a session of four threads."""
+    target = Target(CPU, OrtOptions(intra_op_threads=4))
+    graph = capture(randomised(Branches()), (x,))
+    found = partition.cut(graph, partition.find_executors(("ort",)), target, Remarks())
+    units = {unit.nodes[0].name: index for index, unit in enumerate(found.units)}
+    groups = [("ort", [units[one], units[two]]) for one, two in (("linear", "tanh"), ("linear_1", "tanh_1"))]
+    return partition.compiled(dataclasses.replace(found, groups=groups), target, Remarks(), "fast")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs a list of the process's threads")  # noqa: PTH112
+def test_sessions_in_lanes_have_the_lanes_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions of four threads each in two lanes of two would be eight threads on four cores."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+    x = randn(4, 32)
+    made = branches(x)
+    wanted = scheduler.run(made, [x])
+    before = threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    split = with_lanes(made, (0, 1), 2)
+    assert [step.program.threads for step in split.steps] == [2, 2]
+    assert [step.program.threads for step in made.steps] == [4, 4]
+    assert threads() - before == 2 + 2  # a lane's, and one more for its session
+    for found, want in zip(scheduler.run(split, [x]), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    alone = made.steps[0].program
+    assert alone.with_threads(4) is alone
+
+
+def test_a_session_that_cannot_be_had_with_fewer_threads_leaves_the_plan_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stubborn(Program):
+        def with_threads(self, threads: int) -> Program:
+            raise LoweringError("there is no other session")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(arrange, "step_seconds", lambda plan, inputs: [0.001, 0.01, 0.01, 0.001])
+    made = diamond(lambda x: 2 * x, lambda x: 3 * x)
+    stubborn = dataclasses.replace(made.steps[1], program=Stubborn(lambda x: 2 * x))
+    made = dataclasses.replace(made, steps=(made.steps[0], stubborn, *made.steps[2:]))
+    remarks = Remarks()
+    assert arranged(made, [X], remarks, lambda outputs: True) is made
+    assert [row.reason for row in remarks.rows] == ["steps run in order: there is no other session"]
 
 
 # Failures

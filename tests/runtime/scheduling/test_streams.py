@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,47 +11,8 @@ import torch
 from graphopt.runtime import scheduler
 from graphopt.runtime.scheduling.arrange import with_lanes
 from graphopt.runtime.scheduling.streams import Streams
+from tests.runtime.scheduling._cuda import Cuda
 from tests.runtime.scheduling._plans import diamond
-
-
-class Stream:
-    """A stream that notes what is asked of it."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self._log = name, log
-
-    def record_event(self) -> str:
-        event = f"e{sum(' records ' in line for line in self._log)}"
-        self._log.append(f"{self.name} records {event}")
-        return event
-
-    def wait_event(self, event: str) -> None:
-        self._log.append(f"{self.name} waits for {event}")
-
-    def wait_stream(self, stream: Stream) -> None:
-        self._log.append(f"{self.name} waits for {stream.name}")
-
-
-class Cuda:
-    """What is used of ``torch.cuda``."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.on = "caller"
-        self.made = 0
-
-    def Stream(self, device: torch.device) -> Stream:  # noqa: N802
-        self.made += 1
-        return Stream(f"s{self.made}", self.log)
-
-    def current_stream(self, device: torch.device) -> Stream:
-        return Stream("caller", self.log)
-
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        self.on = stream.name
-        yield
-        self.on = "caller"
 
 
 def test_a_step_waits_for_the_steps_of_other_streams_that_it_reads_from() -> None:

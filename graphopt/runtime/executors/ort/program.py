@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -41,9 +42,11 @@ class OrtProgram:
         self, region: Region, model: ir.Model, provider: Provider, options: OrtOptions | None = None
     ) -> None:
         self.model = model
-        self._region = region
+        self._region, self._provider = region, provider
+        self._options = options or OrtOptions()
+        self._own_threads = torch.get_num_threads()
         self._outputs = [(node.meta["val"].dtype, fixed_shape(node)) for node in region.results]
-        self._session = Session(model, provider, options or OrtOptions(), profiled=True)
+        self._session = Session(model, provider, self._options, profiled=True)
         self._fallbacks = self._session.placement.fallbacks(model, provider)
         self._times: list[KernelTime] | None = None
         self._profiled, self._recording = 0, threading.Lock()
@@ -52,6 +55,21 @@ class OrtProgram:
     def provider(self) -> str:
         """The provider that the session runs on; those that it could not have are not named."""
         return self._session.provider
+
+    @property
+    def threads(self) -> int:
+        """How many share a node, the caller's own counted."""
+        return self._options.intra_op_threads or self._own_threads
+
+    def with_threads(self, threads: int) -> OrtProgram:
+        """The same in a session of so many threads at most; itself where it has no more.
+
+        The session's threads begin where this one is allowed to run.
+        """
+        if threads >= self.threads:
+            return self
+        options = replace(self._options, intra_op_threads=threads)
+        return OrtProgram(self._region, self.model, self._provider.with_threads(threads), options)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the session on CPU tensors; returns fresh tensors.

@@ -24,6 +24,7 @@ from graphopt.runtime.target import Target
 _SUFFIX = "ExecutionProvider"
 CPU, CUDA, TENSORRT = (f"{name}{_SUFFIX}" for name in ("CPU", "CUDA", "Tensorrt"))
 OPENVINO = f"OpenVINO{_SUFFIX}"
+_CONFIG = "load_config"  # its option that holds all others, as JSON
 
 Precision = Literal["f32", "bf16"]
 
@@ -54,6 +55,14 @@ class Provider:
         mine = {name: value for name, value in options.items() if _has_option(self.name, name)}
         others = tuple(other.given(**options) for other in self.followed_by)
         return replace(self, options={**self.options, **mine}, followed_by=others)
+
+    def with_threads(self, threads: int) -> Provider:
+        """The same with so many threads, where it is OpenVINO, which has some of its own."""
+        if _CONFIG not in self.options:
+            return self
+        config = json.loads(self.options[_CONFIG])
+        config["CPU"]["INFERENCE_NUM_THREADS"] = str(threads)
+        return replace(self, options={**self.options, _CONFIG: json.dumps(config)})
 
     def entries(self) -> list[tuple[str, dict[str, str]]]:
         """As ``InferenceSession`` takes it: itself, those that follow it, and the CPU; [] for a plugin."""
@@ -183,7 +192,7 @@ def openvino(precision: Precision, threads: int) -> Provider:
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": str(threads),
     }
-    return Provider(OPENVINO, {"load_config": json.dumps({"CPU": config})}, _openvino_devices())
+    return Provider(OPENVINO, {_CONFIG: json.dumps({"CPU": config})}, _openvino_devices())
 
 
 def openvino_is_installed() -> bool:

@@ -1,0 +1,17 @@
+"""activation(linear(x, w, b)) -> block_quantized_linear(x, w4, scale, 4, b, activation)."""
+
+from __future__ import annotations
+
+from graphopt.compiler.pass_ import Pass, register
+from graphopt.compiler.rewriter import Rewriter
+from graphopt.ir.pattern import Match
+from graphopt.passes._blocks import quantize_blocks, refuse_blocks
+from graphopt.passes._projections import matches
+
+
+def rewrite(rewriter: Rewriter, match: Match) -> None:
+    """What is read for each token are 4 bits a weight, and a scale for 32 of them."""
+    quantize_blocks(rewriter, match, 4)
+
+
+PASS = register(Pass("quantize_linear_int4", "cast", matches, rewrite, refuse_blocks, level=3, exact=False))
