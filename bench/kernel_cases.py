@@ -53,13 +53,19 @@ class Case:
         return OPS[self.kernel].cost(*args)
 
 
-_ATEN = {
+def _first_places(x: Tensor, size: int) -> Tensor:
+    found: Tensor = aten.nonzero_static(x, size=size, fill_value=-1)
+    return found
+
+
+_ATEN: dict[str, tuple[Callable[..., Any], TritonFace]] = {
     overload.overloadpacket.__name__: (overload, _aten.FACES[overload])
     for overload in (
         *(aten.layer_norm.default, aten.softmax.int),
         *(aten.max_pool2d.default, aten.adaptive_avg_pool2d.default),
     )
 }
+_ATEN["nonzero_static"] = _first_places, _aten.FACES[aten.nonzero_static.default]
 
 
 def cases() -> Iterator[Case]:
@@ -68,6 +74,7 @@ def cases() -> Iterator[Case]:
     yield from _pointwise()
     yield from _pools()
     yield from _others()
+    yield from _packing()
 
 
 def _norms() -> Iterator[Case]:
@@ -214,3 +221,30 @@ def _others() -> Iterator[Case]:
             return torch.randn(size, device=device).to(dtype), 32, weight, bias
 
         yield Case("group_norm_silu", "x".join(map(str, size)), grouped)
+
+
+def _packing() -> Iterator[Case]:
+    """A bucket of tokens of 32 sequences of up to 512, half of it filled."""
+    batch, length, tokens = 32, 512, 8960
+
+    def places(device: torch.device) -> Tensor:
+        return torch.arange(tokens, device=device) * batch * length // tokens
+
+    def packed(device: torch.device, dtype: torch.dtype) -> Any:
+        return torch.randn(batch, length, 768, device=device).to(dtype), places(device)
+
+    def packed_ids(device: torch.device, dtype: torch.dtype) -> Any:
+        return torch.randint(30522, (batch, length), device=device), places(device)
+
+    def unpacked(device: torch.device, dtype: torch.dtype) -> Any:
+        mask = torch.rand(batch, length, device=device) < 0.54
+        return torch.randn(1, tokens, 768, device=device).to(dtype), mask
+
+    def found(device: torch.device, dtype: torch.dtype) -> Any:
+        return torch.rand(batch * length, device=device) < 0.54, tokens
+
+    of = f"{tokens} of {batch}x{length}"
+    yield Case("pack_tokens", f"{of}x768", packed)
+    yield Case("pack_tokens", f"{of} ids", packed_ids)
+    yield Case("unpack_tokens", f"{of}x768", unpacked)
+    yield Case("nonzero_static", of, found)

@@ -19,13 +19,15 @@ from graphopt.ir.graph import Graph, same_shape
 from graphopt.ir.pattern import argument
 from graphopt.kernels.attention import OP as ATTENTION
 from graphopt.kernels.packed_attention import OP as PACKED_ATTENTION
-from graphopt.passes._packing import Spot, attended_tokens, sources
+from graphopt.passes._packing import Spot, attended_tokens, condition_of, packs_by_tokens, sources
+from graphopt.passes._spare_rows import reader_of_spare_rows
 from graphopt.passes.default import packing
 from graphopt.passes.pack_tokens import reads_first
 from graphopt.runtime import scheduler
 from graphopt.runtime.candidates import Candidate
 from graphopt.runtime.measure import interleaved
 from graphopt.runtime.plan import Padded, Plan
+from graphopt.runtime.token_buckets import mark
 
 aten = torch.ops.aten
 
@@ -139,6 +141,9 @@ def remove_padding(
         reason = "padding is not removed: the example pads a first position, which the model reads"
         remarks.add("missed", "remove_padding", None, reason)
         return None
+    for indices, _ in packs_by_tokens(outcome.graph):
+        if condition_of(indices) is not None:
+            mark(indices.args[0], reader_of_spare_rows(outcome.graph, indices))  # type: ignore[arg-type]
     return Packed(outcome.graph, outcome.kept, mask.name, first)
 
 

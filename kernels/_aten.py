@@ -14,9 +14,27 @@ import torch
 from graphopt.ir.op import TritonFace, op_of
 from graphopt.kernels import conv_activation, linear_activation, pointwise, rms_norm
 from graphopt.kernels._pool_triton import max_pool, mean_pool, refuse_max_pool, refuse_mean_pool
-from graphopt.kernels._rows import centred_and_scaled, refuse_row, row_configs, row_pointers, row_tile, vector
-from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
-from graphopt.kernels._tuning import choose
+from graphopt.kernels._rows import (
+    centred_and_scaled,
+    power_of_two,
+    refuse_row,
+    row_configs,
+    row_pointers,
+    row_tile,
+    trues_before,
+    vector,
+)
+from graphopt.kernels._triton import (
+    as_rows,
+    jit,
+    launch,
+    processors,
+    refuse,
+    tl,
+    wait_for_all,
+    wait_for_inputs,
+)
+from graphopt.kernels._tuning import Config, choose
 
 aten = torch.ops.aten
 
@@ -148,6 +166,54 @@ def _softmax_refuses(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None
     return refuse(x) or refuse_row(x.shape[-1])
 
 
+# aten.nonzero_static: the positions of what is not zero, in order, and a filling behind them
+
+
+@jit
+def _nonzero_static_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    numel,
+    size,
+    fill,
+    BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program finds the places of its own block; the last one also fills what is left."""
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    first = tl.program_id(0) * BLOCK
+    before = trues_before(x_ptr, first, COUNTED)
+    at = first + tl.arange(0, BLOCK)
+    true = (tl.load(x_ptr + at, mask=at < numel, other=0) != 0).to(tl.int32)
+    place = before + tl.cumsum(true, 0) - 1
+    tl.store(out_ptr + place, at.to(tl.int64), mask=(true != 0) & (place < size))
+    found = before + tl.sum(true)
+    left = tl.where(tl.program_id(0) == tl.num_programs(0) - 1, size, 0)
+    for start in range(found, left, BLOCK):
+        spare = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + spare, tl.zeros((BLOCK,), tl.int64) + fill, mask=spare < size)
+
+
+def _nonzero_static(x: torch.Tensor, size: int, fill_value: int = -1) -> torch.Tensor:
+    out = x.new_empty((size, 1), dtype=torch.int64)
+    numel = x.numel()
+    likeliest = min(max(power_of_two(numel // processors(x.device)), 1024), 8192)
+    blocks = dict.fromkeys((likeliest, 512, 1024, 2048, 4096, 8192))
+    configs = [Config({"BLOCK": block, "COUNTED": 4096}, 8) for block in blocks]
+    config = choose(_nonzero_static_kernel, x.device, (numel, size, x.dtype), configs)
+    grid = (-(-numel // config.tiles["BLOCK"]),)
+    launch(_nonzero_static_kernel, grid, out, x.contiguous(), numel, size, fill_value, **config.options)
+    return out
+
+
+def _nonzero_static_refuses(x: torch.Tensor, size: int, fill_value: int = -1) -> str | None:
+    if x.dim() != 1 or not 0 < x.numel() < 2**31:
+        return f"positions are those of a vector, not of {list(x.shape)}"
+    return refuse(x) if x.dtype == torch.bool else f"it is of {x.dtype}, not of bool"
+
+
 _GELU = {"none": "gelu(%0, 1.0)", "tanh": "gelu_tanh(%0, 1.0)"}
 FACES: dict[Any, TritonFace] = {
     aten.linear.default: linear_activation.FACE,  # its first three arguments
@@ -157,6 +223,7 @@ FACES: dict[Any, TritonFace] = {
     aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
     aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
     aten.softmax.int: TritonFace(_softmax, _softmax_refuses),
+    aten.nonzero_static.default: TritonFace(_nonzero_static, _nonzero_static_refuses),
     aten.gelu.default: pointwise.unary(lambda x, approximate="none": _GELU[approximate]),
     aten.silu.default: pointwise.unary(lambda x: "silu(%0, 1.0)"),
 }

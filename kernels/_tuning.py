@@ -2,8 +2,9 @@
 
 A launcher says ``config = choose(kernel, device, key, candidates)``. The first candidate is the heuristic's
 choice, and what it gets until somebody calls ``tune`` on the launcher with real arguments: nothing is timed
-unasked. What was measured is a JSON file under ``GRAPHOPT_CACHE`` (else ``$XDG_CACHE_HOME/graphopt``), one
-for every kernel, key, GPU, version of Triton and torch, and hash of the kernel's source: none is ever stale.
+unasked. Where another size was measured in this process that is nearly the same, its choice goes first. What
+was measured is a JSON file under ``GRAPHOPT_CACHE`` (else ``$XDG_CACHE_HOME/graphopt``), one for every
+kernel, key, GPU, version of Triton and torch, and hash of the kernel's source: none is ever stale.
 """
 
 from __future__ import annotations
@@ -87,13 +88,18 @@ class _Question:
         return str(getattr(self.kernel, "__name__", self.kernel))
 
     @property
-    def identity(self) -> tuple[str, str, Key]:
+    def identity(self) -> Identity:
         return self.name, str(self.device), self.key
 
 
-_known: dict[tuple[str, str, Key], Config | None] = {}
+Identity = tuple[str, str, Key]
+
+_NEAR = 2.0  # times a size: so far what was measured is taken for another
+
+_known: dict[Identity, Config | None] = {}
+_near: dict[Identity, Config | None] = {}  # of what was not measured, as far as is known now
 _asked: ContextVar[list[_Question] | None] = ContextVar("graphopt_asked_configurations", default=None)
-_forced: ContextVar[dict[tuple[str, str, Key], Config]] = ContextVar("graphopt_forced_configuration")
+_forced: ContextVar[dict[Identity, Config]] = ContextVar("graphopt_forced_configuration")
 
 
 def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Config]) -> Config:
@@ -106,7 +112,8 @@ def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Con
         candidates: what may be chosen, the heuristic's choice first.
 
     Returns:
-        The measured one where there is one, else the first.
+        The measured one where there is one; else one that was measured for the same but for one size, which
+        is at most twice or half as large; else the first.
     """
     if stand_in() is not None:
         return candidates[0]
@@ -118,8 +125,42 @@ def choose(kernel: Any, device: torch.device, key: Key, candidates: Sequence[Con
     if forced is not None:
         return forced
     if question.identity not in _known:
-        _known[question.identity] = _read(question)
-    return _known[question.identity] or candidates[0]
+        _keep(question, _read(question))
+    return _known[question.identity] or _nearest(question) or candidates[0]
+
+
+def _keep(question: _Question, found: Config | None) -> None:
+    _known[question.identity] = found
+    if found is not None:
+        _near.clear()
+
+
+def _nearest(question: _Question) -> Config | None:
+    """What was measured at the most similar key, where that is among the candidates."""
+    if question.identity not in _near:
+        name, device, key = question.identity
+        found = [
+            (ratio, config)
+            for (other, where, its), config in _known.items()
+            if (other, where) == (name, device) and config in question.candidates
+            if (ratio := _ratio(key, its)) is not None
+        ]
+        _near[question.identity] = min(found, key=lambda row: row[0], default=(0.0, None))[1]
+    return _near[question.identity]
+
+
+def _ratio(key: Key, other: Key) -> float | None:
+    """By how much one size of two keys differs, wherever it stands; None where more differs, or too much."""
+    if len(key) != len(other):
+        return None
+    pairs = {(a, b) for a, b in zip(key, other, strict=True) if a != b}
+    if len(pairs) != 1:
+        return None
+    one, two = pairs.pop()
+    if type(one) is not int or type(two) is not int or min(one, two) < 1:
+        return None
+    ratio = max(one, two) / min(one, two)
+    return ratio if ratio <= _NEAR else None
 
 
 def tune(
@@ -198,7 +239,7 @@ def _tune_one(question: _Question, run: Callable[[], Any], timer: Timer) -> Tune
         raise RuntimeError(f"{question.name}: no configuration runs at {question.key}: {failures[0]}")
     us = dict(zip(runs, timer(list(runs.values())), strict=True))
     best = question.candidates[min(us, key=lambda place: us[place])]
-    _known[question.identity] = best
+    _keep(question, best)
     every = [us.get(place) for place in range(len(question.candidates))]
     _write(question, best, every)
     return Tuned(question.name, question.key, best, every, failures)

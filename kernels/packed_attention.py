@@ -75,15 +75,6 @@ def _shape(
     return query.new_empty((N, H, value.shape[2]))
 
 
-def _same_sequence(offsets: torch.Tensor, N: int, is_causal: bool) -> torch.Tensor:
-    """(N, N): whether the first token sees the second."""
-    tokens = torch.arange(N, device=offsets.device)
-    sequence = torch.searchsorted(offsets.long(), tokens, right=True)  # 0 and B + 1 are no sequence
-    inside = (sequence > 0) & (sequence < offsets.shape[0])
-    seen = (sequence[:, None] == sequence[None, :]) & inside[:, None]
-    return seen & (tokens[None, :] <= tokens[:, None]) if is_causal else seen
-
-
 def _reference(
     query_NHD: torch.Tensor,
     key_NKD: torch.Tensor,
@@ -93,15 +84,23 @@ def _reference(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    out_HNE = F.scaled_dot_product_attention(
-        query_NHD.transpose(0, 1)[None],
-        key_NKD.transpose(0, 1)[None],
-        value_NKE.transpose(0, 1)[None],
-        attn_mask=_same_sequence(offsets, query_NHD.shape[0], is_causal),
-        scale=scale,
-        enable_gqa=query_NHD.shape[1] != key_NKD.shape[1],
-    )[0]
-    return out_HNE.transpose(0, 1).contiguous()
+    """In rows of the longest sequence's length, which tokens are put into and taken from.
+
+    That is the work of the padded batch; a mask over all pairs of tokens would be N / longest times as much.
+    """
+    (N, H, _), E = query_NHD.shape, value_NKE.shape[2]
+    token_BL = offsets[:-1, None].long() + torch.arange(longest, device=offsets.device)
+    there_BL = offsets[1:, None].clamp_max(N) > token_BL
+    at_BL = torch.where(there_BL, token_BL, N)  # behind the last token: zeros to read, and nobody reads it
+    given = (query_NHD, key_NKD, value_NKE)
+    query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1))[at_BL].transpose(1, 2) for x in given)
+    seen = there_BL[:, None, None, :]
+    if is_causal:
+        seen = seen & torch.ones((longest, longest), dtype=torch.bool, device=offsets.device).tril()
+    gqa = key_NKD.shape[1] != H
+    out_BHLE = F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=gqa)
+    zeros = query_NHD.new_zeros((N + 1, H, E))
+    return torch.index_put(zeros, (at_BL,), out_BHLE.transpose(1, 2))[:N]
 
 
 def _cost(

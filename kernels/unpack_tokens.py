@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._onnx import Value, op
+from graphopt.kernels._rows import LONGEST, power_of_two, refuse_row, row_pointers, row_tile, trues_before
 from graphopt.kernels._shape import nbytes, require, shape_of
+from graphopt.kernels._triton import as_rows, jit, launch, refuse, tl, wait_for_all, wait_for_inputs
+from graphopt.kernels._tuning import Config, choose
 
 SCHEMA = "(Tensor x, Tensor mask) -> Tensor"
 
@@ -45,7 +48,7 @@ def _reference(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     tokens = x.shape[1]
     rank = mask.flatten().cumsum(0) - 1
     at = torch.where(mask.flatten(), rank, tokens).clamp_max(tokens)
-    rows = torch.cat([x[0], x.new_zeros((1, *x.shape[2:]))])
+    rows = torch.cat([x.flatten(0, 1), x.new_zeros((1, *x.shape[2:]))])
     return rows.index_select(0, at).view(*mask.shape, *x.shape[2:])
 
 
@@ -53,6 +56,65 @@ def _cost(x: torch.Tensor, mask: torch.Tensor) -> Cost:
     """An operation an element that is written."""
     written = mask.numel() * x[0].numel() // max(x.shape[1], 1)
     return Cost(flops=float(written), bytes=nbytes(x, mask) + written * x.element_size())
+
+
+@jit
+def _unpack_tokens_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    x_ptr,
+    mask_ptr,
+    positions,
+    tokens,
+    stride_xr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program writes some positions, and counts the tokens in front of them."""
+    wait_for_all(PDL)
+    wait_for_inputs(PDL)
+    first = tl.program_id(0) * BLOCK_R
+    before = trues_before(mask_ptr, first, COUNTED)
+    at = first + tl.arange(0, BLOCK_R)
+    true = (tl.load(mask_ptr + at, mask=at < positions, other=0) != 0).to(tl.int32)
+    rank = before + tl.cumsum(true, 0) - 1
+    there = (true != 0) & (rank < tokens)
+    row, column, seen = row_tile(positions, D, BLOCK_R, BLOCK_D)
+    taken = row_pointers(x_ptr, rank[:, None], column, stride_xr)
+    found = tl.load(taken, mask=seen & there[:, None], other=0)
+    tl.store(row_pointers(out_ptr, row, column, D), found, mask=seen)
+
+
+def _configs(features: int) -> list[Config]:
+    """As many positions as fit: each program reads the mask in front of its own."""
+    block = power_of_two(features)
+    together = [rows for rows in (32, 16, 8, 64) if rows * block <= LONGEST] or [1]
+    shapes = [(rows, warps) for rows in together for warps in (8, 4)]
+    return [Config({"BLOCK_R": rows, "BLOCK_D": block, "COUNTED": 512 * w}, w) for rows, w in shapes]
+
+
+def _launch(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions, tokens, features = mask.numel(), x.shape[1], x.shape[2:].numel()
+    out = x.new_empty((*mask.shape, *x.shape[2:]))
+    if out.numel() == 0:
+        return out
+    x_ND = as_rows(x.reshape(tokens, features))
+    key = (positions, tokens, features, x.dtype)
+    config = choose(_unpack_tokens_kernel, x.device, key, _configs(features))
+    grid = (-(-positions // config.tiles["BLOCK_R"]),)
+    args = (out, x_ND, mask.contiguous(), positions, tokens, x_ND.stride(0))
+    launch(_unpack_tokens_kernel, grid, *args, D=features, **config.options)
+    return out
+
+
+def _refuses(x: torch.Tensor, mask: torch.Tensor) -> str | None:
+    if mask.numel() >= 2**31:
+        return f"{mask.numel()} positions are more than 32 bits number"
+    if x.is_complex():
+        return "complex numbers are not loaded"
+    return refuse(x, mask) or refuse_row(x.shape[2:].numel())
 
 
 def _onnx(x: Value, mask: Value) -> Any:
@@ -82,4 +144,5 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, mask[0]), match="mask must be")
 
 
-OP = register(Op("unpack_tokens", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(Op("unpack_tokens", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON))

@@ -212,6 +212,24 @@ def offsets_of(rewriter: Rewriter, condition: fx.Node) -> fx.Node:
     return shared(rewriter, aten.to.dtype, padded, torch.int32)
 
 
+def is_offsets(node: Any, condition: fx.Node) -> bool:
+    """True for what ``offsets_of`` makes of a mask."""
+    steps: tuple[tuple[Any, Any], ...] = (
+        (aten.to.dtype, torch.int32),
+        (aten.constant_pad_nd.default, [1, 0]),
+        (aten.cumsum.default, 0),
+        (aten.sum.dim_IntList, [1]),
+        (aten.to.dtype, torch.int32),
+    )
+    for target, argument_ in steps:
+        if not isinstance(node, fx.Node) or node.target is not target or node.kwargs:
+            return False
+        if node.args[1:] != (argument_,):
+            return False
+        node = node.args[0]
+    return node is condition
+
+
 def sizes_of(rewriter: Rewriter, node: fx.Node, dims: Sequence[int]) -> list[Any]:
     """A value's sizes, as numbers where they are fixed and as nodes where they are not."""
     sizes = node.meta["val"].shape

@@ -95,6 +95,9 @@ def _plan(report: Report) -> Table:
             f" whose memory is {summary.size(graphs['bytes'])}"
             + (f"; branches on {graphs['streams']} streams" if graphs["streams"] > 1 else "")
         )
+        buckets = sorted({bucket for row in report.plan for bucket in row.get("token_buckets", ())})
+        if buckets:
+            table.caption += f", for up to {', '.join(map(str, buckets))} tokens"
     return table
 
 

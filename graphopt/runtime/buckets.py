@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -33,8 +33,13 @@ class Buckets(Generic[T]):
     def __len__(self) -> int:
         return len(self._values)
 
+    @property
+    def kept(self) -> list[Any]:
+        """The keys of what is kept, the least recently used first."""
+        return list(self._values)
+
     def values(self) -> list[T]:
-        """What is kept, the least recently used first."""
+        """What is kept, in the same order."""
         return list(self._values.values())
 
     def find(self, key: Hashable) -> T | None:

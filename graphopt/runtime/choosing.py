@@ -39,6 +39,7 @@ class Decision:
         us: microseconds a call by name, for those that were measured.
         refused: by name why an implementation was not taken.
         last: ATen's.
+        sizes: all sizes of the tensors that it is called with, in order.
         nodes: names of the nodes that it serves.
     """
 
@@ -48,6 +49,7 @@ class Decision:
     us: dict[str, float]
     refused: dict[str, str]
     last: Implementation
+    sizes: tuple[int, ...] = ()
     nodes: list[str] = field(default_factory=list)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,27 +137,31 @@ class Choosing:
     def _new(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         ways, refused = implementations(node.target, args, kwargs)
         us: dict[str, float] = {}
+        sizes = tuple(size for tensor in _tensors(args, kwargs) for size in tensor.shape)
         best = ways[-1]
         if len(ways) > 1:
             try:
                 copies = _copies(node, args) if self._timed else [args]
-                right = self._right(node, ways, copies, kwargs, refused)
-                best = self._as_before(node, right)
-                if self._timed and len(right) > 1:
+                tried = ways if self._timed else self._likeliest_first(op_name(node), sizes, ways)
+                right = self._right(node, tried, copies, kwargs, refused)
+                best = right[0]
+                if len(right) > 1:
                     us = self._times(node, right, copies, kwargs)
                     best = min(right, key=lambda way: us[way.name])
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 refused["all but it"] = "memory is too short to compare them"
-        return Decision(op_name(node), _shapes(args, kwargs), best, us, refused, ways[-1])
+        return Decision(op_name(node), _shapes(args, kwargs), best, us, refused, ways[-1], sizes)
 
-    def _as_before(self, node: fx.Node, right: Sequence[Implementation]) -> Implementation:
-        """What was measured to be the best for this op at other sizes, else the first."""
-        name = op_name(node)
-        for decision in reversed(self._decisions.values()):
-            if decision.op == name and decision.us:
-                return next((way for way in right if way.name == decision.chosen.name), right[0])
-        return right[0]
+    def _likeliest_first(
+        self, op: str, sizes: tuple[int, ...], ways: Sequence[Implementation]
+    ) -> list[Implementation]:
+        """The ways, that one first which was measured to be the best for the op at the most similar sizes."""
+        measured = [row for row in self._decisions.values() if row.op == op and row.us]
+        if not measured:
+            return list(ways)
+        nearest = max(measured, key=lambda row: _likeness(row.sizes, sizes))
+        return sorted(ways, key=lambda way: way.name != nearest.chosen.name)
 
     def _right(
         self,
@@ -165,14 +171,23 @@ class Choosing:
         kwargs: dict[str, Any],
         refused: dict[str, str],
     ) -> list[Implementation]:
-        """Those that run, and are as exact as the reference; the last one is the reference."""
-        *others, last = ways
+        """Those that run, and are as exact as ATen's, the reference; where nothing is timed, the first one.
+
+        So a shape that is new at a user's call, a bucket's say, is decided by one comparison.
+        """
         args = copies[0]
+        if ways[0].name == "aten":
+            return [ways[0]]
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
         given = _given(node, args, kwargs, sources)
         reference = Reference(self._graph, [node], given, REGION_FLOOR_ULPS)
         right = []
-        for way in others:
+        for way in ways:
+            if right and not self._timed:
+                break
+            if way.name == "aten":
+                right.append(way)
+                continue
             try:
                 with warnings.catch_warnings(), prefetched_weights(_weights(node, copies)):  # as captured
                     warnings.simplefilter("ignore")  # PyTorch warns of each reason why a backend is none
@@ -186,7 +201,7 @@ class Choosing:
                 right.append(way)
             else:
                 refused[way.name] = found.reason
-        return [*right, last]
+        return right
 
     def _times(
         self,
@@ -266,6 +281,17 @@ def _layout(leaf: Any) -> Any:
     return str(leaf.dtype), tuple(leaf.shape), leaf.stride()
 
 
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    return " ".join("x".join(map(str, tensor.shape)) or "()" for tensor in tensors)
+    return " ".join("x".join(map(str, tensor.shape)) or "()" for tensor in _tensors(args, kwargs))
+
+
+def _likeness(sizes: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, float]:
+    """How alike the sizes of two calls of one op are: how many are equal, and how near the rest are."""
+    if len(sizes) != len(others):
+        return -1, 0.0
+    pairs = list(zip(sizes, others, strict=True))
+    return sum(a == b for a, b in pairs), sum(min(a, b) / max(a, b, 1) for a, b in pairs)

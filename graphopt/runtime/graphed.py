@@ -14,10 +14,11 @@ from graphopt.errors import said
 from graphopt.runtime.buckets import Buckets
 from graphopt.runtime.cuda_graph import CudaGraph, CudaGraphs, Function
 
-_GRAPHS = 8  # shapes that have a graph
+GRAPHS = 8  # shapes that have a graph
 _FUNCTIONS = 64  # shapes that a function is remembered for
 
-Shapes = tuple[torch.Size, ...]
+Sizes = tuple[int, ...]
+Shapes = tuple[tuple[torch.Size, ...], Sizes]
 
 
 class Graphed:
@@ -29,8 +30,10 @@ class Graphed:
 
     Args:
         device: a GPU.
-        prepare: the function for inputs of these shapes; it may run them.
+        prepare: the function for inputs of these shapes; it may run them. Takes the inputs, and the sizes
+            besides that ``run`` was given.
         during: entered around a capture.
+        limit: how many shapes have a graph.
 
     Attributes:
         failure: why the last capture failed, in words; None when it did not.
@@ -39,20 +42,27 @@ class Graphed:
     def __init__(
         self,
         device: torch.device,
-        prepare: Callable[[Sequence[torch.Tensor]], Function],
+        prepare: Callable[..., Function],
         during: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        limit: int = GRAPHS,
     ) -> None:
         self.failure: str | None = None
         self._prepare = prepare
         self._during = during
         self._graphs = CudaGraphs(device)
-        self._buckets: Buckets[CudaGraph] = Buckets(_GRAPHS)
+        self._buckets: Buckets[CudaGraph] = Buckets(limit)
         self._functions: OrderedDict[Shapes, Function] = OrderedDict()
         self._lock = threading.Lock()
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
-        """Run on the current stream, after whatever ran there before; returns fresh tensors."""
-        key = _shapes(inputs)
+    def run(self, inputs: Sequence[torch.Tensor], sizes: Sizes = ()) -> list[Any]:
+        """Run on the current stream, after whatever ran there before; returns fresh tensors.
+
+        Args:
+            inputs: tensors on the GPU.
+            sizes: those of inner values that depend on more than shapes; each combination is a shape of its
+                own.
+        """
+        key = _shapes(inputs), sizes
         with self._lock, torch.no_grad(), self._graphs.here():
             self._graphs.follow()
             graph = self._buckets.find(key)
@@ -65,15 +75,20 @@ class Graphed:
                     return _fresh(function(*inputs), inputs)
             return graph.replay(inputs)
 
-    def function(self, inputs: Sequence[torch.Tensor]) -> Function:
+    def function(self, inputs: Sequence[torch.Tensor], sizes: Sizes = ()) -> Function:
         """What runs inputs of these shapes, without a graph."""
         with self._lock, torch.no_grad(), self._graphs.here():
-            return self._function(_shapes(inputs), inputs)
+            return self._function((_shapes(inputs), sizes), inputs)
 
     @property
     def captured(self) -> bool:
         """True when there is a graph, and none failed to be made."""
         return self.failure is None and len(self._buckets) > 0
+
+    @property
+    def sizes(self) -> list[Sizes]:
+        """The sizes besides shapes of every graph, the least recently used first."""
+        return [sizes for _, sizes in self._buckets.kept]
 
     def describe(self) -> dict[str, Any]:
         """Count and bytes of the graphs, for the plan's row."""
@@ -86,7 +101,7 @@ class Graphed:
     def _function(self, key: Shapes, inputs: Sequence[torch.Tensor]) -> Function:
         function = self._functions.get(key)
         if function is None:
-            function = self._functions[key] = self._prepare(inputs)
+            function = self._functions[key] = self._prepare(inputs, *key[1])
             if len(self._functions) > _FUNCTIONS:
                 self._functions.popitem(last=False)
         self._functions.move_to_end(key)
@@ -109,7 +124,7 @@ class Graphed:
         return graph
 
 
-def _shapes(inputs: Sequence[torch.Tensor]) -> Shapes:
+def _shapes(inputs: Sequence[torch.Tensor]) -> tuple[torch.Size, ...]:
     return tuple(tensor.shape for tensor in inputs)
 
 

@@ -13,6 +13,7 @@ from graphopt.ir.graph import Graph
 from graphopt.runtime.executors import Program
 from graphopt.runtime.memory import peak_bytes
 from graphopt.runtime.region import Region
+from graphopt.runtime.tokens import tokens_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Padded:
     """A plan that computes padded positions as well, and the calls that are its own.
 
     They are those without much padding, and those without any token, which kernels refuse. To look at the
-    mask takes some microseconds on a CPU, and waits for what is queued on a GPU.
+    mask takes some microseconds on a CPU, and waits for what is queued on a GPU: once a call, whatever else
+    wants to know of its tokens.
 
     Args:
         plan: which keeps the padding.
@@ -140,10 +142,10 @@ class Padded:
 
     def serves(self, mask: torch.Tensor) -> bool:
         """Whether a call with this mask is its own."""
-        tokens = int(torch.count_nonzero(mask))
-        if tokens == 0 or tokens >= self.fullest * mask.numel():
+        tokens = tokens_of(mask)
+        if tokens.real == 0 or tokens.real >= self.fullest * mask.numel():
             return True
-        return self.first and not bool(mask[:, 0].all())
+        return self.first and tokens.firsts < mask.shape[0]
 
 
 def ends_of(graph: Graph) -> tuple[tuple[Any, ...], dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graphopt.runtime.plan import Plan
+from graphopt.runtime.tokens import one_call
 
 
 def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
@@ -22,7 +23,13 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
     Returns:
         The flat outputs, in order.
     """
-    plan = plan.serving(inputs)
+    if plan.padded is None:
+        return _run(plan, inputs)
+    with one_call():
+        return _run(plan.serving(inputs), inputs)
+
+
+def _run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[Any]:
     if plan.runner is not None:
         return plan.runner.run(inputs)
     values: dict[str, Any] = dict(zip(plan.inputs, inputs, strict=True))

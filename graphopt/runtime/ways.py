@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import GraphoptError, TargetError, said
+from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph
 from graphopt.kernels.float8_linear import OP as FLOAT8_LINEAR
 from graphopt.runtime.across import plan_across
@@ -166,6 +166,8 @@ def plan_packed(
 ) -> Candidate:
     """The way to run a model on real tokens only: on the executors insisted on, else on the fastest kind.
 
+    Where these cannot run it, it is dropped: the plans that keep the padding serve.
+
     Args:
         packed: the graph that packs tokens.
         executors: as for ``plan_candidates``.
@@ -175,8 +177,13 @@ def plan_packed(
     """
     native = _native_name(target)
     order = (native, "eager") if executors is None else tuple(executors)
-    name = native if executors is None else " + ".join(order)
-    return _way(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+    name = f"{native if executors is None else ' + '.join(order)}, {PACKED}"
+    try:
+        return _way(name, packed, order, target, remarks, effort)
+    except LoweringError as error:  # no executor takes a node
+        candidate = Candidate(name, packed, None)
+        candidate.drop(error.message, remarks)
+        return candidate
 
 
 def _native(

@@ -69,6 +69,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process knows: only what is on disk."""
     monkeypatch.setattr(_tuning, "_known", {})
+    monkeypatch.setattr(_tuning, "_near", {})
 
 
 def files() -> list[Path]:
@@ -116,6 +117,44 @@ def test_a_kernel_without_a_candidate_that_runs_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"_toy_kernel: no configuration runs at .*out of resources"):
         tune(launcher(kernel, (BROKEN,)), X, timer=timed(kernel))
     assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [(7, True), (13, True), (4, True), (15, False), (3, False), (0, False), ("a", False), (True, False)],
+)
+def test_a_size_that_is_near_takes_what_was_measured(key: Any, near: bool) -> None:
+    """The same size wherever it stands in a key, and at most twice as large or small."""
+    kernel = Kernel()
+    tune(launcher(kernel), X, timer=timed(kernel))
+    launcher(kernel, key=key)(X)
+    assert kernel.launched[-1] == (2 if near else 1)
+    assert len(files()) == 1
+
+
+def test_the_nearest_of_two_is_taken_as_soon_as_it_is_measured() -> None:
+    kernel = Kernel()
+    tune(launcher(kernel, key=8), X, timer=timed(kernel))
+    launcher(kernel, key=10)(X)
+    assert kernel.launched[-1] == 2
+    tune(launcher(kernel, (FAST, SLOW), key=9), X, timer=lambda thunks: [2.0, 1.0])
+    launcher(kernel, key=10)(X)
+    assert kernel.launched[-1] == 1
+    assert len(tune(launcher(kernel, key=10), X, timer=timed(kernel))) == 1  # it is none's own measurement
+
+
+def test_what_is_no_candidate_here_is_not_taken_from_near() -> None:
+    kernel = Kernel()
+    tune(launcher(kernel), X, timer=timed(kernel))
+    launcher(kernel, (SLOW, BROKEN), key=8)(X)
+    assert kernel.launched[-1] == 1
+
+
+def test_keys_that_differ_in_two_sizes_are_not_near() -> None:
+    assert _tuning._ratio((8, 8, "a"), (9, 9, "a")) == 9 / 8
+    assert _tuning._ratio((8, 8, "a"), (9, 10, "a")) is None
+    assert _tuning._ratio((8, 8, "a"), (9, 8, "b")) is None
+    assert _tuning._ratio((8, 8), (8, 8, 8)) is None
 
 
 @pytest.mark.parametrize("other", ["key", "dtype", "source", "torch"])

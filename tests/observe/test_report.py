@@ -153,3 +153,5 @@ def test_cuda_graphs_are_counted_over_the_steps() -> None:
     assert made.to_dict()["cuda_graphs"] == made.cuda_graphs
     assert "75% of the nodes in 2 CUDA graphs, whose memory is 3.0 MiB" in str(made)
     assert "75 % of the nodes are in 2 CUDA graphs, whose memory is 3.0 MiB" in render(made)
+    made.plan[0]["token_buckets"] = [128, 64]
+    assert "3.0 MiB, for up to 64, 128 tokens" in " ".join(str(made).split())

@@ -135,6 +135,54 @@ def test_other_sizes_take_what_was_measured_for_the_same_op(monkeypatch: pytest.
     assert clock.asked == 2
 
 
+def test_a_later_shape_takes_what_was_measured_at_the_most_similar_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One op at two sizes of weights, each with a winner of its own: the rows that vary decide nothing."""
+    offer(monkeypatch, exact=exact)
+    graph = graph_of(Linears())
+    times = iter([(9.0, 1.0), (1.0, 9.0)])
+    choose = Choosing(graph, timed=True, timer=lambda thunks: list(next(times)))
+    square, narrow = decisions(graph, choose)
+    assert (square.chosen.name, narrow.chosen.name) == ("aten", "exact")
+    choose.settle()
+    found = {}
+    for node in graph.calls:
+        if "linear" in str(node.target):
+            weight, bias = (graph.constant(argument) for argument in node.args[1:3])
+            found[tuple(weight.shape)] = choose.decide(node, (randn(6, 6), weight, bias), {}).chosen.name
+    assert found == {(6, 6): "aten", (4, 6): "exact"}
+
+
+def test_a_later_shape_is_compared_until_one_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of them at a user's call: the likeliest alone, while it is right."""
+    ran: list[str] = []
+
+    def told(name: str, run: Run) -> Run:
+        def noted(*args: Any) -> Any:
+            ran.append(name)
+            return run(*args)
+
+        return noted
+
+    offer(monkeypatch, one=told("one", exact), two=told("two", exact))
+    graph = graph_of(Linears())
+    choose = Choosing(graph, timed=True, timer=Clock(9.0, 1.0, 5.0))
+    decisions(graph, choose)
+    choose.settle()
+    node = next(node for node in graph.calls if "linear" in str(node.target))
+    weight, bias = (graph.constant(argument) for argument in node.args[1:3])
+    ran.clear()
+    assert choose.decide(node, (randn(17, 6), weight, bias), {}).chosen.name == "two"
+    assert ran == ["two"]
+    offer(monkeypatch, one=told("one", exact), two=told("two", wrong))
+    ran.clear()
+    later = choose.decide(node, (randn(18, 6), weight, bias), {})
+    assert later.chosen.name == "one"
+    assert ran == ["two", "one"]
+    assert "exceeds" in later.refused["two"]
+
+
 def test_short_memory_leaves_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(x: Any, weight: Any, bias: Any = None) -> torch.Tensor:
         return exact(x, weight, bias)

@@ -23,8 +23,8 @@ class Work:
     def __init__(self) -> None:
         self.prepared: list[tuple[int, ...]] = []
 
-    def prepare(self, inputs: Sequence[torch.Tensor]) -> Any:
-        self.prepared.append(tuple(inputs[0].shape))
+    def prepare(self, inputs: Sequence[torch.Tensor], *sizes: int) -> Any:
+        self.prepared.append((*inputs[0].shape, *sizes))
         return lambda x: (x * 2, x)
 
 
@@ -57,15 +57,28 @@ def test_a_shape_is_prepared_once(program: Graphed, work: Work) -> None:
 
 
 def test_the_least_recently_used_graph_is_released(program: Graphed, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in range(1, module._GRAPHS + 2):
+    for size in range(1, module.GRAPHS + 2):
         program.run([torch.ones(size)])
         program.run([torch.ones(size)])
     assert StandIn.last.dropped == StandIn.last.made[:1]
     assert program.describe() == {
-        "cuda_graphs": module._GRAPHS,
+        "cuda_graphs": module.GRAPHS,
         "cuda_graphs_dropped": 1,
-        "cuda_graph_bytes": 1000 * module._GRAPHS,
+        "cuda_graph_bytes": 1000 * module.GRAPHS,
     }
+
+
+def test_sizes_besides_the_shapes_have_graphs_of_their_own(work: Work, stand_in: type[StandIn]) -> None:
+    program = Graphed(CPU, work.prepare, limit=2)
+    x = torch.ones(3)
+    for size in (64, 128, 64, 128, 192, 192, 64):
+        program.run([x], (size,))
+    assert work.prepared == [(3, 64), (3, 128), (3, 192)]
+    assert [graph.replays for graph in StandIn.last.made] == [2, 1, 1]
+    assert StandIn.last.dropped == StandIn.last.made[:1]
+    assert program.sizes == [(128,), (192,)]
+    program.function([x], (192,))
+    assert len(work.prepared) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 What a shape needs is found out when it comes first: the region runs node by node, and every call of a new
 signature is given to the fastest of its implementations that is as exact as the reference.
+
+A region that packs tokens has graphs for their number besides, rounded up to a bucket (``token_buckets.py``):
+the host counts them, which is the only time that it waits for the GPU.
 """
 
 from __future__ import annotations
@@ -16,20 +19,21 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graphopt.compiler.device import device_limits
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic, op_name, writes_in_place
 from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors._protocol import KernelTime, Note
-from graphopt.runtime.graphed import Graphed
+from graphopt.runtime.graphed import GRAPHS, Graphed
 from graphopt.runtime.joining import joined
 from graphopt.runtime.region import Region
 from graphopt.runtime.scheduling.branches import arranged
 from graphopt.runtime.side_streams import Beside, SideStreams, calls_of, compared, side_streams
 from graphopt.runtime.target import Target
+from graphopt.runtime.token_buckets import fix_sizes, sizes_of, varying_sizes
 
+_BUCKETS = 16  # graphs of a region that packs tokens: so many are a range of one to 1.5 of their number
 _PROFILED_RUNS = 5
 _AHEAD_CYCLES = 100_000_000  # the GPU is kept busy for 50 ms while all work of a profiled run is queued
 
@@ -45,10 +49,14 @@ class CudaProgram:
         device: that its tensors are on.
         timed: measure implementations, and whether branches run side by side, on the first inputs; otherwise
             each op takes its preferred one, and branches run in order.
+
+    Raises:
+        LoweringError: the region packs tokens by a mask that it computes itself.
     """
 
     def __init__(self, region: Region, device: torch.device, *, timed: bool) -> None:
         self._region = replace(region, graph=joined(region.graph))
+        self._masks = fix_sizes(self._region.graph)  # places among the inputs; a size each is an input behind
         self._nodes = len(region.graph.calls)
         self._device = device
         self._timed = timed
@@ -58,23 +66,26 @@ class CudaProgram:
         # stream's order, and a graph's first kernel starts when all before it is done.
         weights = [constant.tensor for constant in self._region.graph.constants.values()]
         self._during = functools.partial(_capturing, weights)
-        self._graphed = Graphed(device, self._specialise, self._during)
+        self._graphed = Graphed(device, self._specialise, self._during, _BUCKETS if self._masks else GRAPHS)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run on the current stream; returns fresh tensors."""
-        return self._graphed.run(inputs)
+        return self._graphed.run(inputs, sizes_of(inputs, self._masks))
 
-    def _specialise(self, inputs: Sequence[torch.Tensor]) -> fx.GraphModule | SideStreams:
+    def _specialise(self, inputs: Sequence[torch.Tensor], *sizes: int) -> fx.GraphModule | SideStreams:
         """The region with every call replaced by the implementation for these shapes, on streams that pay.
+
+        Sizes are put in as numbers.
 
         Only the first inputs are measured on: what comes at a user's call is decided by what is known.
         """
         chosen = _Chosen(self._region.graph.module, self._choosing)
         with _benchmarking():
-            chosen.run(*inputs)
+            chosen.run(*inputs, *sizes)
         self._choosing.settle()
         graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
+        given = self._region.graph.placeholders[len(inputs) :]
+        made: dict[fx.Node, Any] = dict(zip(given, sizes, strict=True))
         graph.output(graph.graph_copy(self._region.graph.fx, made))
         for node, run in chosen.runs.items():
             made[node].target = run
@@ -82,11 +93,13 @@ class CudaProgram:
         return self._branched(module, made, inputs)
 
     def _branched(
-        self, module: fx.GraphModule, made: dict[fx.Node, fx.Node], inputs: Sequence[torch.Tensor]
+        self, module: fx.GraphModule, made: dict[fx.Node, Any], inputs: Sequence[torch.Tensor]
     ) -> fx.GraphModule | SideStreams:
         """The same with its branches on several streams, where a simulation and the first shape agree."""
         calls = self._region.graph.calls
         if not self._timed or self._device.type != "cuda" or any(map(writes_in_place, calls)):
+            return module
+        if self._masks:  # how many tokens there are is known of the call, not of the region
             return module
         if self._beside is not None and not self._beside.pays:
             return module
@@ -107,8 +120,13 @@ class CudaProgram:
             "graphed_nodes": self._nodes if self._graphed.captured else 0,
             **self._graphed.describe(),
             "streams": self._beside.streams if self._beside is not None and self._beside.pays else 1,
+            **({"token_buckets": self._buckets()} if self._masks else {}),
             "kernels": [decision.to_dict() for decision in self._choosing.decisions],
         }
+
+    def _buckets(self) -> list[int]:
+        """How many tokens each graph computes; of several masks together."""
+        return sorted({sum(sizes) for sizes in self._graphed.sizes})
 
     def notes(self) -> list[Note]:
         """What was chosen where there was a choice, and why there is no graph."""
@@ -130,7 +148,7 @@ class CudaProgram:
         time; what passes between two events with nothing between them is taken off.
         """
         results = self.run(inputs)
-        function = self._graphed.function(inputs)
+        function = self._graphed.function(inputs, sizes_of(inputs, self._masks))
         module = function.module if isinstance(function, SideStreams) else function
         assert isinstance(module, fx.GraphModule)
         rows: dict[str, list[KernelTime]] = {}
@@ -250,8 +268,9 @@ class Cuda:
 def uncapturable(node: fx.Node, device: torch.device) -> str | None:
     """Why a call cannot be captured: its sizes depend on values, or it waits for the GPU."""
     made = [leaf for leaf in pytree.tree_leaves(node.meta["val"]) if isinstance(leaf, torch.Tensor)]
-    if any(free_unbacked_symbols(value) for value in made):
-        return f"the size of what {op_name(node)} gives depends on values"
+    varying = varying_sizes(node)
+    if varying is not None:
+        return f"the size of what {op_name(node)} gives {varying}"
     if any(value.device.type != device.type for value in made):
         return f"{op_name(node)} gives a tensor on {made[0].device}"
     for source in node.all_input_nodes:
