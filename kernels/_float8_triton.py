@@ -19,7 +19,8 @@ import torch
 
 from graphopt.kernels._float8_configs import float8_configs
 from graphopt.kernels._linear_configs import EACH, Chip
-from graphopt.kernels._linear_triton import described, epilogue, takes_tma, tile_of, with_bias
+from graphopt.kernels._linear_tile import epilogue, tile_of, with_bias
+from graphopt.kernels._linear_triton import described, takes_tma
 from graphopt.kernels._triton import (
     INTERPRETED,
     as_rows,
