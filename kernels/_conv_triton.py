@@ -22,15 +22,8 @@ from typing import Any
 import torch
 
 from graphopt.kernels._linear_configs import Chip
-from graphopt.kernels._linear_triton import (
-    epilogue,
-    prefetch_weights,
-    project,
-    refuse_product,
-    sum_splits,
-    tile_of,
-    with_bias,
-)
+from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
+from graphopt.kernels._linear_triton import project, refuse_product, sum_splits
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._shape import is_channels_last
 from graphopt.kernels._triton import (

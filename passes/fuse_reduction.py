@@ -61,7 +61,8 @@ def rewrite(rewriter: Rewriter, match: Match) -> None:
     for node in match.inputs:
         if is_tensor(node):
             number[node] = len(number)
-    inputs, lines = list(number), []
+    inputs = list(number)
+    lines: list[str] = []
     for node in match.nodes:
         if node.target is aten.expand.default:
             number[node] = number[_operand(node)]

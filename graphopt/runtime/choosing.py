@@ -181,7 +181,7 @@ class Choosing:
         sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
         given = _given(node, args, kwargs, sources)
         reference = Reference(self._graph, [node], given, REGION_FLOOR_ULPS)
-        right = []
+        right: list[Implementation] = []
         for way in ways:
             if right and not self._timed:
                 break
