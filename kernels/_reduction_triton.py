@@ -407,5 +407,5 @@ def _configs(rows: int, length: int, device: torch.device, inputs: int) -> Seque
         return row_configs(rows, length, device, inputs)
     return [
         Config({"BLOCK_R": 1, "BLOCK_D": block}, warps)
-        for block, warps in ((4096, 8), (2048, 8), (2048, 4), (4096, 16), (8192, 16))
+        for block, warps in ((2048, 8), (4096, 8), (2048, 4), (4096, 16), (8192, 16))
     ]

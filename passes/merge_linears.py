@@ -120,7 +120,8 @@ def _projection(node: Any) -> fx.Node | None:
 
 
 _THROUGH = {
-    *(aten.reshape.default, aten.transpose.int, ROPE.overload, RMS_NORM.overload),
+    *(aten.reshape.default, aten.transpose.int, aten.permute.default),
+    *(ROPE.overload, RMS_NORM.overload),
     *(operator.getitem, aten.split_with_sizes.default),  # what is merged already
 }
 

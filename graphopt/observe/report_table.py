@@ -90,14 +90,13 @@ def _plan(report: Report) -> Table:
         table.add_row(*map(Text, (row["step"], row["executor"], row["device"], str(row["nodes"]), most)))
     graphs = report.cuda_graphs
     if graphs is not None:
+        buckets = sorted({bucket for row in report.plan for bucket in row.get("token_buckets", ())})
         table.caption = (
             f"{graphs['coverage']:.0%} of the nodes in {graphs['count']} CUDA graphs,"
             f" whose memory is {summary.size(graphs['bytes'])}"
+            + (f", for up to {', '.join(map(str, buckets))} tokens" if buckets else "")
             + (f"; branches on {graphs['streams']} streams" if graphs["streams"] > 1 else "")
         )
-        buckets = sorted({bucket for row in report.plan for bucket in row.get("token_buckets", ())})
-        if buckets:
-            table.caption += f", for up to {', '.join(map(str, buckets))} tokens"
     return table
 
 
