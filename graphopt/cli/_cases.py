@@ -30,6 +30,18 @@ _LATE = 1 << 16  # no exit code of a process
 _PATIENCE = 60.0  # seconds for an interrupted case to end by itself, keeping what it has
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a case was measured, of which there is something to keep.
+
+    Args:
+        row: the case's, complete or with the rounds that were.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__("interrupted")
+        self.row = row
+
+
 def measure(case: Case, setting: Setting, tell: Tell, *, debug: bool = False) -> Row:
     """Measure a case; where a peer takes the process down or does not end, again without that peer.
 
@@ -43,6 +55,7 @@ def measure(case: Case, setting: Setting, tell: Tell, *, debug: bool = False) ->
         Its row, or one that says how it failed.
 
     Raises:
+        Interrupted: it was interrupted, and there is a row.
         KeyboardInterrupt: it was interrupted before there was anything to keep.
     """
     crashed: dict[str, str] = {}
@@ -106,6 +119,7 @@ def _run(
                 last = json.loads(line)
             if "row" not in last:
                 raise KeyboardInterrupt from None
+            raise Interrupted(last["row"]) from None
         code = process.wait()
         return last, doing, _LATE if watch.bit else code
     finally:

@@ -279,7 +279,7 @@ def run_cases(
     Raises:
         OutputError: a row cannot be written; those before it are.
     """
-    from graphopt.cli._cases import measure
+    from graphopt.cli._cases import Interrupted, measure
 
     ran, console = Ran(), Console(stderr=True, soft_wrap=True)
     try:
@@ -289,13 +289,17 @@ def run_cases(
                 def tell(what: str, done: float, index: int = index, case: Case = case) -> None:
                     progress(f"{index + 1}/{len(cases)} {case.name}: {what}", (index + done) / len(cases))
 
-                row = measure(case, setting, tell, debug=debug)
+                stopped = False
+                try:
+                    row = measure(case, setting, tell, debug=debug)
+                except Interrupted as interrupt:
+                    row, stopped = interrupt.row, True
                 ran.rows.append(row)
                 if output is not None:
                     rows.append(output, row)
                 if not quiet:
                     console.print(Text(table.told(row)))
-                if row.get("interrupted"):
+                if stopped or row.get("interrupted"):
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         ran.interrupted = True

@@ -19,6 +19,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from graphopt.bench.case import failed_row
+from graphopt.bench.setting import Case, Setting
+from graphopt.cli import _cases
+from graphopt.cli.bench import run_cases
 from tests.cli.conftest import COMMAND
 
 Run = Callable[..., Any]
@@ -189,6 +193,19 @@ def test_ctrl_c_keeps_the_cases_that_were_measured(
     assert f"interrupted: {len(found)} of 5 cases measured; the rows are in rows.jsonl" in said
     assert "Traceback" not in said
     assert (place / "rows.html").is_file()
+
+
+def test_ctrl_c_while_a_case_ends_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was done by then, and has a whole row."""
+    cases = [Case("bench_zoo:mlp", {"batch": batch}) for batch in (1, 2)]
+    row = failed_row(cases[0], Setting(()), {"message": "whatever", "code": 4})
+
+    def measure(*_: object, **__: object) -> None:
+        raise _cases.Interrupted(row)
+
+    monkeypatch.setattr(_cases, "measure", measure)
+    ran = run_cases(cases, Setting(()), None, quiet=True)
+    assert (ran.rows, ran.interrupted, ran.exit_code) == ([row], True, 130)
 
 
 def test_ctrl_c_in_the_rounds_keeps_the_complete_ones(
