@@ -18,8 +18,8 @@ demo: .venv/.installed  ## optimize a real model, embed real sentences, write re
 	$(RUN) examples.demo $(ARGS)
 
 # A file goes to one worker, so that fixtures are made once. A worker has one thread: more threads than cores
-# make PyTorch many times as slow.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile
+# make PyTorch many times as slow. Where MKL is told a number of its own, PyTorch goes by that.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) pytest --numprocesses 2 --dist loadfile
 
 test: .venv/.installed  ## run the tests, but for the slow ones
 	$(PYTEST) $(ARGS)

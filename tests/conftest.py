@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -40,3 +42,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed() -> None:
     """Every test draws the same random tensors, alone or among others, in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """What a test sets for its process, the next does not find: a benchmark's threads, for one."""
+    own = torch.get_num_threads()
+    yield
+    torch.set_num_threads(own)

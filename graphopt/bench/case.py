@@ -67,8 +67,6 @@ def run_case(
         GraphoptError: graphopt cannot optimize the model.
         KeyboardInterrupt: before there was enough to keep.
     """
-    if setting.threads is not None:
-        torch.set_num_threads(setting.threads)
     problem, lengths = pose(
         model,
         args,
@@ -81,7 +79,9 @@ def run_case(
     problem = dataclasses.replace(problem, precision=case.precision)
     given = problem if isinstance(model, torch.nn.Module) else None
     max_loss = default_max_loss(case.precision, None)
+    own_threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(setting.threads or own_threads)
         with own_stream(problem.device):
             tell("reference", 0.02)
             captured, inputs = capture_any(model, *_inputs(given))
@@ -126,6 +126,7 @@ def run_case(
                 **_context(case, setting, problem),
             }
     finally:
+        torch.set_num_threads(own_threads)
         shutil.rmtree(problem.folder, ignore_errors=True)
 
 

@@ -99,7 +99,9 @@ def test_inductors_modes_are_compiled_apart(tmp_path: Path) -> None:
 def test_a_row_holds_every_side_and_its_error() -> None:
     told: list[tuple[str, float]] = []
     case = Case("zoo:tiny", {"batch": 4})
+    torch.set_num_threads(2)
     row = measure(case, tiny(), ("eager", "onnxruntime", "tensorrt"), tell=lambda *args: told.append(args))
+    assert torch.get_num_threads() == 2
     assert [side["peer"] for side in row["sides"]] == ["graphopt", "eager", "onnxruntime"]
     for found in row["sides"]:
         assert 0 < found["error"] < 1e-6
