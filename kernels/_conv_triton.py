@@ -25,7 +25,7 @@ from graphopt.kernels._linear_configs import Chip
 from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
 from graphopt.kernels._linear_triton import project, refuse_product, sum_splits
 from graphopt.kernels._rows import power_of_two
-from graphopt.kernels._shape import is_channels_last
+from graphopt.kernels._shape import convolved_sizes, is_channels_last
 from graphopt.kernels._triton import (
     dot,
     jit,
@@ -173,9 +173,9 @@ def convolve(
 ) -> torch.Tensor:
     """The launcher of ``conv_activation``, and of ``aten.conv2d``: their arguments and result."""
     (batch, _, height, width), (features, channels, *kernel) = x.shape, weight.shape
-    (step_h, step_w), (pad_h, pad_w), (dilation_h, _) = map(_pair, (stride, padding, dilation))
-    out_height = (height + 2 * pad_h - dilation_h * (kernel[0] - 1) - 1) // step_h + 1
-    out_width = (width + 2 * pad_w - kernel[1]) // step_w + 1
+    stride, padding, dilation = map(_pair, (stride, padding, dilation))
+    (step_h, step_w), (pad_h, pad_w), dilation_h = stride, padding, dilation[0]
+    out_height, out_width = convolved_sizes(x, weight, stride, padding, dilation)
     sizes = batch, out_height, out_width, features
     pixels, run = batch * out_height * out_width, kernel[1] * channels
     out = x.new_empty(sizes)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from graphopt.ir.graph import same_size
+from graphopt.ir.op import Cost
 
 
 def require(condition: object, message: str) -> None:
@@ -115,3 +119,32 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def nbytes(*tensors: torch.Tensor | None) -> int:
     """Bytes of the tensors together, each read or written once; None counts nothing."""
     return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def product_cost(
+    x: torch.Tensor, shape: Sequence[Any], *others: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> Cost:
+    """That of a product of rows and a matrix; what follows it is not worth counting beside it.
+
+    Args:
+        x: (..., K).
+        shape: of the matrix, (N, K).
+        others: what is read besides x, the matrix as it lies in memory among them.
+        dtype: of the result; None for x's.
+    """
+    outputs, features = shape
+    rows = x.numel() // features
+    written = rows * outputs * (dtype or x.dtype).itemsize
+    return Cost(flops=2.0 * rows * outputs * features, bytes=nbytes(x, *others) + written)
+
+
+def convolved_sizes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """The spatial sizes of a convolution's result, of which each sequence holds a number each."""
+    numbers = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return [(size + 2 * pad - far * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, far in numbers]

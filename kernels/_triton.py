@@ -30,9 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +56,14 @@ __all__ = [
     "as_rows",
     "behind_edge",
     "capability",
-    "compile_ahead",
     "compile_time",
     "constant",
     "dependence",
+    "device_of",
     "jit",
     "last_contiguous",
     "launch",
+    "launch_options",
     "libdevice",
     "prefetched_weights",
     "processors",
@@ -173,14 +172,14 @@ def launch(
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read))
         return
-    device = _device_of(args)
-    options = _options(device, read, num_warps, num_stages)
+    device = device_of(args)
+    options = launch_options(device, read, num_warps, num_stages)
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         kernel[grid](*args, **constants, **options)
 
 
-def _options(device: torch.device, early: Any, num_warps: int, num_stages: int) -> dict[str, Any]:
+def launch_options(device: torch.device, early: Any, num_warps: int, num_stages: int) -> dict[str, Any]:
     """What a launch says beside its arguments and its own constants."""
     pdl = dependence(device, early)
     return {
@@ -190,26 +189,6 @@ def _options(device: torch.device, early: Any, num_warps: int, num_stages: int) 
         "launch_pdl": pdl > 0,
         "enable_fp_fusion": True,
     }
-
-
-def compile_ahead(launches: Sequence[Launch]) -> None:
-    """Compile the kernels of recorded launches side by side, so that launching them finds them compiled.
-
-    What does not compile is left to its launch, which says why.
-    """
-    on_gpu = [launch for launch in launches if _device_of(launch.args).type == "cuda"]
-    if INTERPRETED or len(on_gpu) < 2:
-        return
-    device = _device_of(on_gpu[0].args)
-    with (
-        torch.cuda.device(device),
-        ThreadPoolExecutor(min(len(on_gpu), os.cpu_count() or 1)) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for each in on_gpu:
-            options = _options(device, each.early, each.num_warps, each.num_stages)
-            with contextlib.suppress(Exception):
-                each.kernel.warmup(*each.args, grid=each.grid, **each.constants, **options)
 
 
 @contextlib.contextmanager
@@ -379,12 +358,13 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return last_contiguous(x).reshape(rows, x.shape[-1])
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device:
+def device_of(args: tuple[Any, ...]) -> torch.device:
+    """Where a launch with these arguments runs: with its first tensor."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             return arg.device
         if isinstance(arg, tuple) and arg:
-            return _device_of(arg)
+            return device_of(arg)
     raise TypeError("a kernel was given no tensor")
 
 

@@ -17,6 +17,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,15 @@ import torch
 
 from graphopt.kernels._capture import own_stream
 from graphopt.kernels._replay import captured, replayed
-from graphopt.kernels._triton import compile_ahead, recorded_launches, stand_in, triton
+from graphopt.kernels._triton import (
+    INTERPRETED,
+    Launch,
+    device_of,
+    launch_options,
+    recorded_launches,
+    stand_in,
+    triton,
+)
 
 Key = tuple[Hashable, ...]
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -243,6 +252,26 @@ def _tune_one(question: _Question, run: Callable[[], Any], timer: Timer) -> Tune
     every = [us.get(place) for place in range(len(question.candidates))]
     _write(question, best, every)
     return Tuned(question.name, question.key, best, every, failures)
+
+
+def compile_ahead(launches: Sequence[Launch]) -> None:
+    """Compile the kernels of recorded launches side by side, so that launching them finds them compiled.
+
+    What does not compile is left to its launch, which says why.
+    """
+    on_gpu = [launch for launch in launches if device_of(launch.args).type == "cuda"]
+    if INTERPRETED or len(on_gpu) < 2:
+        return
+    device = device_of(on_gpu[0].args)
+    with (
+        torch.cuda.device(device),
+        ThreadPoolExecutor(min(len(on_gpu), os.cpu_count() or 1)) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for each in on_gpu:
+            options = launch_options(device, each.early, each.num_warps, each.num_stages)
+            with contextlib.suppress(Exception):
+                each.kernel.warmup(*each.args, grid=each.grid, **each.constants, **options)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._onnx import Value, emit, linear, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, int bits, Tensor? bias=None, *, bool rounds_input=False,"
@@ -147,12 +147,7 @@ def _cost(
     parameter: float = 1.0,
 ) -> Cost:
     """One matrix product; of a weight its bits are read."""
-    outputs, features = weight.shape[0], x.shape[-1]
-    rows = x.numel() // features
-    return Cost(
-        flops=2.0 * rows * outputs * features,
-        bytes=nbytes(x, weight, scale, bias) + rows * outputs * x.element_size(),
-    )
+    return product_cost(x, (weight.shape[0], x.shape[-1]), weight, scale, bias)
 
 
 # Whether one node takes the packed weight; ONNX's own operators have to unpack it first.

@@ -21,7 +21,14 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._conv_triton import convolve, refuse_convolution
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._shape import memory_format, nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import (
+    convolved_sizes,
+    memory_format,
+    nbytes,
+    require,
+    require_floating,
+    shape_of,
+)
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups=1,"
@@ -74,12 +81,7 @@ def _shape(
     for name, numbers in geometry.items():
         fits = len(numbers) == spatial
         require(fits, f"conv_activation: {name} {list(numbers)} is not one number a spatial dimension")
-    sizes = [
-        (size + 2 * pad - reach * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, reach in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
+    sizes = convolved_sizes(x, weight, stride, padding, dilation)
     shape = (x.shape[0], weight.shape[0], *sizes)
     fits = residual is None or tuple(residual.shape) == shape
     require(fits, f"conv_activation: residual {shape_of(residual)} is not the result's {shape}")

@@ -29,7 +29,7 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._onnx import Value, emit, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = (
     '(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str activation="none", float parameter=1.0)'
@@ -111,12 +111,7 @@ def _cost(
     parameter: float = 1.0,
 ) -> Cost:
     """One matrix product; a byte a weight is read."""
-    outputs, features = weight.shape
-    rows = x.numel() // features
-    return Cost(
-        flops=2.0 * rows * outputs * features,
-        bytes=nbytes(x, weight, scale, bias) + rows * outputs * x.element_size(),
-    )
+    return product_cost(x, weight.shape, weight, scale, bias)
 
 
 # Whether a product may scale as it multiplies, which only ONNX Runtime's own node does.

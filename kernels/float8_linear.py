@@ -22,7 +22,7 @@ from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._float8_triton import float8_product, refuse_float8
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 from graphopt.kernels.quantize_rows import OP as QUANTIZE_ROWS
 
 SCHEMA = (
@@ -109,10 +109,7 @@ def _cost(
     parameter: float = 1.0,
 ) -> Cost:
     """One matrix product; a byte a code is read."""
-    outputs, features = weight.shape
-    rows = codes.numel() // features
-    moved = nbytes(codes, scale, weight, weight_scale, bias)
-    return Cost(2.0 * rows * outputs * features, moved + rows * outputs * dtype.itemsize)
+    return product_cost(codes, weight.shape, scale, weight, weight_scale, bias, dtype=dtype)
 
 
 def _refuses(

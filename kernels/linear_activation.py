@@ -18,7 +18,7 @@ from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._linear_triton import project, refuse_product
 from graphopt.kernels._onnx import Value, emit, linear, op, projection
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = (
     '(Tensor x, Tensor weight, Tensor? bias=None, str activation="none", float parameter=1.0,'
@@ -83,12 +83,7 @@ def _cost(
     residual: torch.Tensor | None = None,
 ) -> Cost:
     """One matrix product; the epilogue is not worth counting beside it."""
-    outputs, features = weight.shape
-    rows = x.numel() // features
-    return Cost(
-        flops=2.0 * rows * outputs * features,
-        bytes=nbytes(x, weight, bias, residual) + rows * outputs * x.element_size(),
-    )
+    return product_cost(x, weight.shape, weight, bias, residual)
 
 
 def _refuses(

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import convolved_sizes, nbytes, require, require_floating, shape_of
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
@@ -85,12 +85,7 @@ def _shape(
     for label, step, zero in (("x", x_step, x_zero), ("out", out_step, out_zero)):
         require(step > 0, f"{name}: {label}_step must be above 0, not {step}")
         require(0 <= zero <= 255, f"{name}: {label}_zero must be from 0 to 255, not {zero}")
-    sizes = [
-        (size + 2 * pad - reach * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, reach in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
+    sizes = convolved_sizes(x, weight, stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *sizes))
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.kernels._onnx import Value, linear, op
-from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
+from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? zero_point=None) -> Tensor"
 
@@ -79,12 +79,7 @@ def _cost(
     zero_point: torch.Tensor | None = None,
 ) -> Cost:
     """One matrix product; a byte a weight is read."""
-    outputs, features = weight.shape
-    rows = x.numel() // features
-    return Cost(
-        flops=2.0 * rows * outputs * features,
-        bytes=nbytes(x, weight, scale, bias, zero_point) + rows * outputs * x.element_size(),
-    )
+    return product_cost(x, weight.shape, weight, scale, bias, zero_point)
 
 
 def _onnx(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +43,13 @@ def interleaved(
     Returns:
         A timing per candidate, in order; one that is hopeless in its warm-up keeps that as its timing.
     """
-    clock = functools.partial(_call, device=device, clock=clock_of(device))
+    if device.type != "cuda":
+        return _interleaved(candidates, seconds, clock_of(device))
+    with torch.cuda.device(device):
+        return _interleaved(candidates, seconds, clock_of(device))
+
+
+def _interleaved(candidates: Sequence[Callable[[], object]], seconds: float, clock: Clock) -> list[Timing]:
     names = list(map(str, range(len(candidates))))
     sides = dict(zip(names, candidates, strict=True))
     times = {name: [clock(sides[name]) for _ in range(_WARM_UP)] for name in names}
@@ -54,14 +59,6 @@ def interleaved(
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
     times |= interleave(hopeful, rounds, clock=clock, warm_up=0)
     return [_timing(times[name]) for name in names]
-
-
-def _call(candidate: Callable[[], object], device: torch.device, clock: Clock) -> float:
-    """Milliseconds of one call, behind one that is not timed: see ``clock_of``."""
-    if device.type != "cuda":
-        return clock(candidate)
-    with torch.cuda.device(device):
-        return clock(candidate)
 
 
 def _timing(row: list[float]) -> Timing:

@@ -242,7 +242,7 @@ def test_candidates_are_timed_on_the_gpu() -> None:
 def test_candidates_are_compiled_ahead_of_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = (torch.randn(size, device="cuda").half() for size in ((96, 160), (224, 160), (224,)))
     compiled: list[str] = []
-    counted = _triton.compile_ahead
+    counted = _tuning.compile_ahead
 
     def compile_ahead(launches: Sequence[Launch]) -> None:
         counted(launches)
