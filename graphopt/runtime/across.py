@@ -19,10 +19,10 @@ from graphopt.runtime.partition import compiled, cut, merged, refusals_of, with_
 from graphopt.runtime.plan import Plan, Step, Value, ends_of
 from graphopt.runtime.region import extract
 from graphopt.runtime.regions import Unit, whole_units
-from graphopt.runtime.scheduling.devices import Devices
 from graphopt.runtime.scheduling.links import machine_of
 from graphopt.runtime.scheduling.lists import list_schedule
 from graphopt.runtime.scheduling.placing import parts_of, unit_tasks
+from graphopt.runtime.scheduling.streams import Streams
 from graphopt.runtime.scheduling.tasks import Machine
 from graphopt.runtime.target import Target
 from graphopt.runtime.transfer import EXECUTOR, Weights, relocated, transfer
@@ -167,7 +167,7 @@ class _Spread:
         returned = [end.name for end in ends if isinstance(end, Value)]
         inputs = tuple(node.name for node in self._graph.placeholders)
         plan = Plan(home, inputs, ends, constants, with_lifetimes(steps, returned))
-        return replace(plan, runner=Devices(plan))
+        return replace(plan, runner=Streams(plan))
 
 
 def _as_queued(steps: Sequence[Step]) -> list[Step]:
