@@ -55,6 +55,13 @@ Precision = Annotated[
         help="Also try bf16, fp16, fp8, int8, int8-static, int8-weights or int4. The default is exact.",
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="package.module:function",
+        help="Called without arguments: gives further inputs, on which int8-static observes its ranges.",
+    ),
+]
 MaxLoss = Annotated[
     float | None,
     typer.Option(min=0.0, help="The most that lossy passes or a precision may lose (0.01 is 1 %)."),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import SpecError
+from graphopt.errors import SpecError, said
 
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 _FORMS = "package.module:factory, a local Hugging Face directory, or a .pt2 file"
@@ -114,6 +114,28 @@ def named(spec: str) -> Any:
     if found is None:
         raise SpecError(f"{spec!r} names no function", hint="write it as package.module:function")
     return _find_factory(found["module"], found["name"], spec)
+
+
+def calibration(spec: str | None) -> list[Any]:
+    """The further inputs that a function gives, as ``graphopt.optimize`` takes them; none without one.
+
+    Args:
+        spec: ``package.module:function``, which is called without arguments.
+
+    Raises:
+        SpecError: there is no such function, or it fails.
+    """
+    if spec is None:
+        return []
+    function = named(spec)
+    try:
+        return list(function())
+    except Exception as error:
+        raise SpecError(
+            f"{spec} gives no inputs: {said(error)}",
+            where=f"--calibration {spec}",
+            hint="it is called without arguments, and gives tuples of arguments, or mappings",
+        ) from error
 
 
 def _find_factory(module_name: str, name: str, spec: str) -> Any:

@@ -53,6 +53,7 @@ class Config:
         batch: of made inputs.
         seq: likewise, tokens.
         precision: narrower numbers to try; None leaves it to pyproject.toml.
+        calibration: names the function that gives further inputs for their ranges.
     """
 
     spec: str
@@ -67,6 +68,7 @@ class Config:
     batch: int = 1
     seq: int | None = None
     precision: str | None = None
+    calibration: str | None = None
 
     @property
     def elsewhere(self) -> bool:
@@ -101,7 +103,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("spec", "target"), (str,)),
     **dict.fromkeys(("dynamic", "outputs", "enable", "disable"), (list,)),
     **dict.fromkeys(("level", "seq"), (int, NoneType)),
-    **dict.fromkeys(("executors", "precision"), (str, NoneType)),
+    **dict.fromkeys(("executors", "precision", "calibration"), (str, NoneType)),
     "max_loss": (int, float, NoneType),
     "batch": (int,),
 }
@@ -223,6 +225,8 @@ def optimized_by(
 ) -> OptimizedModel:
     config, loaded = prepared.config, prepared.loaded
     chosen = _config.passes(config.level, config.enable, config.disable)
+    asked = _config.precision(config.precision)
+    precision = runs.get("precision") or asked
     return optimize(
         loaded.model,
         tuple(loaded.args),
@@ -234,7 +238,8 @@ def optimized_by(
         level=chosen.level if runs.get("rewritten", True) else 0,
         enable=chosen.enable if runs.get("rewritten", True) else (),
         disable=chosen.disable,
-        precision=runs.get("precision") or _config.precision(config.precision),
+        precision=precision,
+        calibration=_spec.calibration(config.calibration) if precision == asked else (),
         max_loss=config.max_loss,
         effort=effort,
         progress=None if progress is None else lambda name, done: progress(name, 0.6 * done),

@@ -43,6 +43,7 @@ def lock(
     enable: _options.Enable = None,
     disable: _options.Disable = None,
     precision: _options.Precision = None,
+    calibration: _options.Calibration = None,
     max_loss: _options.MaxLoss = None,
     batch: _options.Batch = 1,
     seq: _options.Seq = None,
@@ -81,6 +82,7 @@ def lock(
                 config = Config(
                     spec, target, executors, tuple(dynamic or ()), tuple(outputs or ()), level,
                     tuple(enable or ()), tuple(disable or ()), max_loss, batch, seq, precision,
+                    calibration,
                 )  # fmt: skip
                 budgets = _gate.budgets_of({"budgets": own}, known, {})
                 entry = _gate.lock_entry(config, own, budgets, processes, progress)

@@ -118,6 +118,16 @@ def test_without_a_folder_the_tables_are_printed(workspace: Path, run: Run) -> N
     assert names(workspace) == before
 
 
+def test_calibration_inputs_come_from_a_function(workspace: Path, run: Run) -> None:
+    args = ("optimize", "zoo:block", "--effort", "fast", "--precision", "int8-static", "--calibration")
+    result = run(*args, "zoo:nothing")
+    assert result.exit_code == 2
+    assert "zoo has no 'nothing'" in result.stderr
+    result = run(*args, "zoo:block")  # a model and its inputs are no calls
+    assert result.exit_code == 2
+    assert "calibration input 0" in result.stderr
+
+
 def test_quiet_prints_nothing_and_pytorch_regions_are_said(workspace: Path, run: Run) -> None:
     args = ("optimize", "zoo:block", "-o", "out", "--effort", "fast", "--executors", "eager")
     result = run(*args, "--disable", "fuse_linear_activation", "-q")

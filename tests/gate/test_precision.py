@@ -74,3 +74,48 @@ def test_nothing_may_be_lost_where_the_model_runs_in_its_own_numbers() -> None:
     assert _subject._allowed(config, "exact") is None
     assert _subject._allowed(config, "int8") == 0.04
     assert _subject._allowed(replace(config, max_loss=0.5), "int8") == 0.5
+
+
+CALIBRATED = """
+import torch
+
+
+def further():
+    yield (torch.full((8, 64), 100.0),)
+
+
+def make():
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)
+    return torch.nn.Sequential(*layers).eval(), (torch.randn(8, 64),)
+"""
+
+
+def test_ranges_are_those_of_the_calibration(project: Project) -> None:
+    project.write(CALIBRATED)
+    narrow = ("--force", "--precision", "int8-static", "--max-loss", "0.5")
+    alone = locked(project, *narrow)
+    entry = locked(project, *narrow, "--calibration", "model:further")
+    errors = [found["facts"]["numerics"]["error"] for found in (alone, entry)]
+    assert entry["facts"]["plan"]["chosen"] == "eager (int8-static)"
+    assert errors[1] > 10 * errors[0]  # a step that reaches to 100 is a coarse one
+    code, findings = project.check()
+    assert code == 0, findings
+    project.change(lambda entry: entry["runs"].update(precision="exact"))
+    assert project.check()[0] == 1  # another plan than the lock's, and one that has no ranges
+
+
+@pytest.mark.parametrize(
+    ("body", "precision", "said"),
+    [
+        ("yield torch.ones(3)", "int8-static", "calibration input 0 is a Tensor"),
+        ("return 1 / 0", "int8-static", "model:further gives no inputs: ZeroDivisionError"),
+        ("yield (torch.ones(2, 3, 8),)", "bf16", "precision='bf16' has no ranges to calibrate"),
+    ],
+)
+def test_bad_calibrations_are_told(project: Project, body: str, precision: str, said: str) -> None:
+    project.edit("def make():", f"def further():\n    {body}\n\n\ndef make():")
+    done = project.run(*LOCK, "--precision", precision, "--calibration", "model:further")
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+    assert not project.lock.exists()
