@@ -103,7 +103,7 @@ def _experiment(
         out = _run("-m", "bench.gate", str(lock), str(share), str(slower), str(given.seconds))
         told += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     counts = Counter(row["verdict"] for row in told)
-    ratios = [row["ratio"] for row in told]
+    ratios, to_baseline = ([row[name] for row in told] for name in ("ratio", "to_baseline"))
     return {
         "case": case,
         "checks": len(told),
@@ -113,6 +113,7 @@ def _experiment(
         "ratio": round(statistics.median(ratios), 4),
         "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
         "ratio_locked": told[0]["locked"],
+        "to_baseline_range": [round(min(to_baseline), 4), round(max(to_baseline), 4)],
         "rounds": statistics.median(row["rounds"] for row in told),
         "waiting": statistics.median(row["waiting"] or 0.0 for row in told),
         "seconds_a_check": round((time.perf_counter() - start) / len(told), 1),
@@ -127,19 +128,21 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
     prepared = prepare(Config.of(entry, SPEC))
     examined = examine(prepared, entry["runs"], None, lambda name, done: None)
     assert examined.optimized is not None
-    (args, kwargs), device = prepared.call, examined.optimized.plan.device
-    baseline = _gate.call_of(_gate.baseline_of(prepared, budgets.baseline), args, kwargs)
-    candidate = slowed(_gate.call_of(examined.optimized, args, kwargs), slower, device)
-    limits = limits_of(entry["facts"], examined.facts, budgets)
+    device = examined.optimized.plan.device
+    sides = _gate.sides_of(prepared, examined.optimized, budgets.baseline)
+    sides[latency.CANDIDATE] = slowed(sides[latency.CANDIDATE], slower, device)
+    limits = limits_of(entry["facts"], examined.facts, budgets, sides)
+    side, _ = limits["slowdown"]
     for _ in range(count):
-        rounds = latency.measure(baseline, candidate, [*limits.values()], seconds, clock=clock_of(device))
+        rounds = latency.measure(sides, [*limits.values()], seconds, clock=clock_of(device))
         statuses = {found.status for found in speed(entry["facts"], examined.facts, rounds, budgets)}
         failed, unsure = "failed" in statuses, "inconclusive" in statuses
         verdict = "regression" if failed else "inconclusive" if unsure else "pass"
         row = {
             "verdict": verdict,
-            "ratio": rounds.ratio().middle,
-            "locked": entry["facts"]["latency"]["ratio"],
+            "ratio": rounds.ratio(to=side).middle,
+            "locked": latency.locked_ratio(entry["facts"]["latency"], side)["ratio"],
+            "to_baseline": rounds.ratio().middle,
             "rounds": rounds.count,
             "waiting": rounds.waiting,
         }

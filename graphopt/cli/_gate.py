@@ -16,6 +16,7 @@ import torch
 
 from graphopt.cli import _config
 from graphopt.cli._subject import Config, Examined, Prepared, Progress, choice, examine, optimized_by, prepare
+from graphopt.compiler.remarks import Remarks
 from graphopt.errors import SpecError
 from graphopt.gate import cache, latency, saved
 from graphopt.gate import lock as lockfile
@@ -24,9 +25,14 @@ from graphopt.gate.facts import for_lock
 from graphopt.gate.finding import Result, exit_code, require_compared
 from graphopt.gate.judge import judge, limits_of
 from graphopt.gate.lock import Entry, settled
+from graphopt.optimized_model import OptimizedModel
 from graphopt.precision import EXACT
-from graphopt.runtime.partition import find_executors
+from graphopt.runtime import scheduler
+from graphopt.runtime.executors import EXECUTORS
+from graphopt.runtime.partition import find_executors, partition
+from graphopt.runtime.plan import Plan
 from graphopt.runtime.rounds import Run, clock_of
+from graphopt.runtime.target import Target
 
 _LOCK_PRECISION = 0.01  # half-width of the ratio that later checks are held against
 
@@ -35,25 +41,60 @@ def time_it(
     prepared: Prepared,
     examined: Examined,
     budgets: Budgets,
-    limits: Mapping[str, float],
+    locked: Mapping[str, Any] | None,
     precision: float,
     progress: Progress,
 ) -> latency.Rounds | None:
-    """Time the optimized model against the baseline; None where its target is not here."""
+    """Time the optimized model against baseline and control; None where its target is not here.
+
+    Args:
+        prepared: the model.
+        examined: the same, optimized.
+        budgets: that will be kept.
+        locked: facts of the lock; None where there is none yet.
+        precision: see ``latency.measure``.
+        progress: called with (what is being done, fraction done).
+    """
     optimized = examined.optimized
     if optimized is None:
         return None
-    args, kwargs = prepared.call
-    baseline = baseline_of(prepared, budgets.baseline)
+    sides = sides_of(prepared, optimized, budgets.baseline)
     return latency.measure(
-        call_of(baseline, args, kwargs),
-        call_of(optimized, args, kwargs),
-        [*limits.values()],
+        sides,
+        [*limits_of(locked, examined.facts, budgets, sides).values()] if locked else [],
         budgets.seconds,
         clock=clock_of(optimized.plan.device),
         precision=precision,
         progress=lambda done: progress("time", 0.7 + 0.3 * done),
     )
+
+
+def sides_of(prepared: Prepared, optimized: OptimizedModel, baseline: str) -> dict[str, Run]:
+    """What is timed: the baseline, the optimized model, and the control, where its executors can run it."""
+    args, kwargs = prepared.call
+    sides = {
+        latency.BASELINE: call_of(baseline_of(prepared, baseline), args, kwargs),
+        latency.CANDIDATE: call_of(optimized, args, kwargs),
+    }
+    control = _control(prepared, optimized.plan)
+    return sides if control is None else {**sides, latency.CONTROL: control}
+
+
+def _control(prepared: Prepared, plan: Plan) -> Run | None:
+    """A call of the graph as captured on a plan's executors; None where they cannot run it."""
+    names = dict.fromkeys([*(step.executor for step in plan.steps if step.executor in EXECUTORS), "eager"])
+    try:
+        executors, target = find_executors([*names]), Target(plan.device)
+        control = partition(prepared.captured.clone(), executors, target, Remarks(), "fast")
+        scheduler.run(control, prepared.inputs)
+    except Exception:  # of a library that compiles, too: what cannot be run now is no control
+        return None
+
+    def run() -> None:
+        with torch.no_grad():
+            scheduler.run(control, prepared.inputs)
+
+    return run
 
 
 def baseline_of(prepared: Prepared, name: str) -> torch.nn.Module:
@@ -93,7 +134,7 @@ def lock_entry(
     prepared = prepare(config)
     runs = choice(prepared, progress)
     examined = examine(prepared, runs, budgets.metric, progress)
-    rounds = time_it(prepared, examined, budgets, {}, _LOCK_PRECISION, progress)
+    rounds = time_it(prepared, examined, budgets, None, _LOCK_PRECISION, progress)
     if rounds is not None:
         examined.facts["latency"] = latency.facts(rounds, budgets.baseline)
     facts = for_lock(examined.facts)
@@ -217,7 +258,8 @@ def check_entry(
     progress("load", 0.0)
     prepared = prepare(config)
     key, folder = "", setting.cache
-    if folder is not None and budgets.metric is None:  # a metric reads what nobody here knows of
+    own = budgets.metric, config.calibration  # functions that read what nobody here knows of
+    if folder is not None and not any(own):
         settings = entry, budgets.to_dict(), {"timed": setting.timed}
         key = cache.key(prepared.captured, prepared.inputs, prepared.passes, prepared.host, *settings)
         kept = cache.load(folder, key)
@@ -238,9 +280,8 @@ def _run_check(
     examined = examine(prepared, entry.get("runs", {}), budgets.metric, progress)
     rounds = None
     if setting.timed:
-        limits = limits_of(entry["facts"], examined.facts, budgets)
         precision = _LOCK_PRECISION if setting.precise else 0.0
-        rounds = time_it(prepared, examined, budgets, limits, precision, progress)
+        rounds = time_it(prepared, examined, budgets, entry["facts"], precision, progress)
     if rounds is None:
         return judge(Result(name, [], entry, examined.facts), budgets)
     examined.facts["latency"] = latency.facts(rounds, budgets.baseline)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from graphopt.gate.budgets import Budgets
 from graphopt.gate.causes import Facts
 from graphopt.gate.compare import differences, same_machine
 from graphopt.gate.finding import Finding, Result, Status
-from graphopt.gate.latency import CANDIDATE, Interval, Rounds
+from graphopt.gate.latency import BASELINE, CANDIDATE, CONTROL, Interval, Limit, Rounds
 from graphopt.observe import summary
 
 _ERROR_FACTOR = 4.0  # errors of two versions of a kernel, both right, are apart by less
@@ -36,15 +36,29 @@ def judge(result: Result, budgets: Budgets) -> Result:
     return replace(result, findings=findings)
 
 
-def limits_of(locked: Facts, now: Facts, budgets: Budgets) -> dict[str, float]:
-    """The limits of the ratio of times, by rule; those that come from the lock only where it carries over."""
+def limits_of(locked: Facts, now: Facts, budgets: Budgets, sides: Iterable[str]) -> dict[str, Limit]:
+    """The limits of the ratios of times, by rule; those that come from the lock only where it carries over.
+
+    Args:
+        locked: facts of the lock.
+        now: facts of now.
+        budgets: that are kept.
+        sides: that are timed.
+    """
     found = {}
     if budgets.max_latency_ratio is not None:
-        found["latency-ratio"] = budgets.max_latency_ratio
+        found["latency-ratio"] = (BASELINE, budgets.max_latency_ratio)
     before = locked["latency"]
-    comparable = before and before["baseline"] == budgets.baseline and not same_machine(locked, now)
-    if budgets.max_slowdown is not None and comparable:
-        found["slowdown"] = before["ratio"] * (1 + budgets.max_slowdown)
+    if not before or same_machine(locked, now):
+        return found
+    same_baseline = before["baseline"] == budgets.baseline
+    controlled = CONTROL in before and CONTROL in sides
+    if budgets.max_slowdown is not None and (controlled or same_baseline):
+        side = CONTROL if controlled else BASELINE
+        found["slowdown"] = (side, latency.locked_ratio(before, side)["ratio"] * (1 + budgets.max_slowdown))
+    if budgets.max_baseline_slowdown is not None and controlled and same_baseline:
+        limit = before["ratio"] * (1 + budgets.max_baseline_slowdown)
+        found["baseline-slowdown"] = (BASELINE, limit)
     return found
 
 
@@ -169,22 +183,27 @@ def _metric(locked: Facts, now: Facts, budgets: Budgets) -> Iterator[Finding]:
 
 
 def speed(locked: Facts, now: Facts, rounds: Rounds | None, budgets: Budgets) -> Iterator[Finding]:
-    """The ratio to the baseline of the same run, against its budget and against that of the lock."""
-    limits = limits_of(locked, now, budgets)
+    """The ratios to baseline and control of the same run, against the budget and those of the lock."""
     if rounds is None:
         if budgets.max_latency_ratio is not None or budgets.max_slowdown is not None:
             elsewhere = f"{now['cost']['device']} is not here, so only its graph is checked"
             why = "not timed" if now["plan"] else elsewhere
             yield Finding("latency-ratio", "skipped", f"latency was not compared: {why}")
         return
-    ratio, other = rounds.ratio(), same_machine(locked, now)
+    limits = limits_of(locked, now, budgets, rounds.times)
+    other = same_machine(locked, now)
     before = None if other else locked["latency"]
-    for rule, limit in limits.items():
-        against = f"the time of {budgets.baseline}"
-        if rule == "slowdown" and before is not None:
-            against = f"that, {before['ratio']:.3f} in the lock"
+    for rule, (side, limit) in limits.items():
+        ratio = rounds.ratio(to=side)
+        against = f"the time of {budgets.baseline if side == BASELINE else 'the graph as captured'}"
+        usual = None
+        if rule != "latency-ratio" and before is not None:
+            usual = latency.locked_ratio(before, side)
+            against += f", {usual['ratio']:.3f} in the lock"
         message = f"{ratio} times {against}, {limit:.3f} is allowed"
-        yield _told(rule, ratio, limit, message, rounds, before, locked, now)
+        found = _told(rule, ratio, limit, message, rounds, before, locked, now)
+        better = usual is not None and ratio.high < usual["low"]
+        yield replace(found, status="improved") if better and found.status == "passed" else found
     if "slowdown" not in limits and budgets.max_slowdown is not None:
         why = other or "the lock has no ratio to this baseline"
         yield Finding("slowdown", "skipped", f"the ratio was not compared with that of the lock: {why}")
@@ -203,8 +222,7 @@ def _told(
     """An interval against a limit; broken only on a machine that can prove it."""
     told = found.tell(limit)
     if told == "within":
-        better = before is not None and rule == "slowdown" and found.high < before["low"]
-        return Finding(rule, "improved" if better else "passed", message)
+        return Finding(rule, "passed", message)
     if told == "unknown":
         words = f"{message}: too noisy to tell after {rounds.count} rounds"
         return Finding(

@@ -1,20 +1,26 @@
-"""Speed as a ratio to a baseline in the same run, and when that is enough to say no.
+"""Speed as a ratio to something else in the same run, and when that is enough to say no.
 
-What is asked: is the candidate's time, divided by the baseline's, above a limit? The answer must not be "yes"
+What is asked: is the candidate's time, divided by another side's, above a limit? The answer must not be "yes"
 because the machine was busy, and must be "yes" when the candidate became a tenth slower. How that is held:
 
-- **Interleaved rounds.** A round is baseline, candidate, candidate, baseline (``runtime/rounds.py``): a
-  drift of the clock, of the temperature or of the load hits both sides alike. The clock is the device's,
+- **Two things to compare with.** The baseline, eager PyTorch by default, says what graphopt is good for. But
+  a machine of which others take a share does not slow two ways of running alike: on a virtual machine of two
+  cores eager took 35 % longer for minutes at a time, and ONNX Runtime 25 %. So a lock is held against the
+  *control* besides: the graph as it was captured, on the executors that run the candidate. Over an hour of
+  such minutes the ratio to eager varied by 2.5 to 3.5 %, that to the control by 1.2 %. What slows the
+  executor as a whole slows the control, too; it is found by the ratio to the baseline, with a wider margin.
+- **Interleaved rounds.** A round is baseline, candidate, control, and back (``runtime/rounds.py``): a
+  drift of the clock, of the temperature or of the load hits all sides alike. The clock is the device's,
   CUDA events on a GPU, and runs a side once before the call that it times: what the other side left in
   caches and thread pools is not in the number.
 - **Neighbours.** What other processes and a virtual machine's host take away comes and goes within a second,
-  and mostly slows both sides by the same factor; what interrupts a single call only ever adds to its time.
-  So a round's ratio is that of the faster of its two calls of either side, and the estimate is the
-  interquartile mean of the rounds' logarithms. Of the estimators that were tried on recorded rounds of two
-  days of a machine of two virtual cores it varied least from check to check: by 2 %, where the ratio of
-  medians varied by 4 to 6 % on either day, and that of the 15th percentiles by 2 % on one and by 4 % on the
-  other. (The minimum of all calls, as in Chen and Revels, Robust benchmarking in noisy environments,
-  arXiv:1608.04295, compares two moments in which the machine need not have been the same.)
+  and mostly slows all sides; what interrupts a single call only ever adds to its time. So a round's ratio is
+  that of the faster of its two calls of either side, and the estimate is the interquartile mean of the
+  rounds' logarithms. Of the estimators that were tried on recorded rounds of three days it varied least from
+  check to check on most: that of medians varied twice as much, and that of the 15th percentiles as much on
+  one day and twice as much on another. (The minimum of all calls, as in Chen and Revels, Robust benchmarking
+  in noisy environments, arXiv:1608.04295, compares two moments in which the machine need not have been the
+  same.)
 - **A block bootstrap.** Neighbouring rounds are alike (load comes and goes in bursts), so drawing single
   rounds anew, as if they were independent, gives intervals that are too narrow just when the machine is
   busy. Whole blocks of neighbours are drawn, on a circle, so that every round is drawn as often (Politis and
@@ -29,12 +35,12 @@ because the machine was busy, and must be "yes" when the candidate became a tent
   that out, so a lock's ratio is the median of those of several processes (``combined``), and a check's is
   held against it plus the margin ``max_slowdown``, 4 % by default: more than processes differ by, and less
   than half of a slow-down by 10 %.
-- **No verdict from a machine that is not comparable.** Load does not slow both sides alike: two thread pools
-  that spin differently lose differently to a third process. Rounds cannot show that, since it is the same in
-  all of them. So a limit counts as broken only where this process's threads hardly waited for a core (Linux
-  tells that of each thread) and the baseline itself takes about the time that it took for the lock.
-  Otherwise the finding is ``inconclusive``, which has an exit code of its own, and says which of the two it
-  was. A limit that is kept, is kept on a busy machine as well.
+- **No verdict from a machine that is not comparable.** Two thread pools that spin differently lose
+  differently to a third process. Rounds cannot show that, since it is the same in all of them. So a limit
+  counts as broken only where this process's threads hardly waited for a core (Linux tells that of each
+  thread) and the baseline itself takes about the time that it took for the lock. Otherwise the finding is
+  ``inconclusive``, which has an exit code of its own, and says which of the two it was. A limit that is kept,
+  is kept on a busy machine as well.
 """
 
 from __future__ import annotations
@@ -54,7 +60,8 @@ from graphopt.runtime.rounds import Clock, Run, clock_of, interleave
 
 Told = Literal["within", "beyond", "unknown"]
 
-BASELINE, CANDIDATE = "baseline", "candidate"
+BASELINE, CANDIDATE, CONTROL = "baseline", "candidate", "control"
+Limit = tuple[str, float]  # of the ratio of the candidate's time to that of a side
 _FIRST = 32  # rounds between two looks at the clock,
 _FEWEST = 6  # and for a model of which 32 rounds take too long; fewer do not say how wide an interval is
 _LOOKS = {64: 0.005, 128: 0.015, 256: 0.03}  # numbers of rounds, and the error that is spent on each look
@@ -121,13 +128,14 @@ class Rounds:
         """How many rounds there are."""
         return len(self.times.get(CANDIDATE, ())) // 2
 
-    def ratio(self, error: float | None = None) -> Interval:
-        """The candidate's time over the baseline's.
+    def ratio(self, error: float | None = None, to: str = BASELINE) -> Interval:
+        """The candidate's time over that of another side.
 
         Args:
             error: how often the interval may be wrong; by default what the looks at fewer rounds have left.
+            to: the other side.
         """
-        logs = _fastest(self.times[CANDIDATE]) - _fastest(self.times[BASELINE])
+        logs = _fastest(self.times[CANDIDATE]) - _fastest(self.times[to])
         return _interval(logs, self._unspent() if error is None else error)
 
     def milliseconds(self, side: str) -> Interval:
@@ -179,56 +187,59 @@ def _student(probability: float, freedom: float) -> float:
 
 
 def measure(
-    baseline: Run,
-    candidate: Run,
-    limits: Sequence[float],
+    sides: Mapping[str, Run],
+    limits: Sequence[Limit],
     seconds: float,
     *,
     clock: Clock | None = None,
     precision: float = 0.0,
     progress: Callable[[float], None] | None = None,
 ) -> Rounds:
-    """Time two sides against each other until it can be told on which side of every limit the ratio lies.
+    """Time sides against each other until it can be told on which side of every limit a ratio lies.
 
     Args:
-        baseline: runs it once.
-        candidate: likewise.
-        limits: of the ratio of the candidate's time to the baseline's.
+        sides: baseline, candidate, and the control where there is one; each runs once when called.
+        limits: of the candidate's ratios.
         seconds: begin no more rounds after so many.
         clock: that of the device, by default the CPU's (``rounds.clock_of``): it runs a side once before the
             call that it times.
-        precision: go on until the interval's half-width is below this as well; for a ratio that others will
-            be held against, rather than a limit.
+        precision: go on until the half-width of the ratio to the control, or else to the baseline, is below
+            this as well; for a ratio that others will be held against, rather than a limit.
         progress: called with the fraction of the time that is spent.
     """
     clock = clock or clock_of(torch.device("cpu"))
-    times: dict[str, list[float]] = {BASELINE: [], CANDIDATE: []}
-    repeats, chunk = _plan(baseline, candidate, seconds, clock)
-    sides = {BASELINE: _repeated(baseline, repeats), CANDIDATE: _repeated(candidate, repeats)}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    repeats, chunk = _plan(sides, seconds, clock)
+    often = {side: _repeated(run, repeats) for side, run in sides.items()}
     watch, start = _Waiting(), time.perf_counter()
     for rounds, error in _LOOKS.items():
-        while len(times[BASELINE]) < 2 * rounds:
-            for side, row in interleave(sides, chunk, clock=clock).items():
+        while len(times[CANDIDATE]) < 2 * rounds:
+            for side, row in interleave(often, chunk, clock=clock).items():
                 times[side] += [each / repeats for each in row]
             spent = (time.perf_counter() - start) / max(seconds, 1e-9)
             if progress is not None:
                 progress(min(1.0, spent))
             if spent >= 1:
                 return Rounds(times, watch.share())
-        ratio = Rounds(times).ratio(error)
-        told = all(ratio.tell(limit) != "unknown" for limit in limits)
-        if told and (not precision or ratio.half_width <= precision):
+        found = Rounds(times)
+        told = all(found.ratio(error, side).tell(limit) != "unknown" for side, limit in limits)
+        if told and (not precision or found.ratio(error, held_against(times)).half_width <= precision):
             break
     return Rounds(times, watch.share())
 
 
-def _plan(baseline: Run, candidate: Run, seconds: float, clock: Clock) -> tuple[int, int]:
+def held_against(sides: Mapping[str, Any]) -> str:
+    """The side whose ratio is compared with that of a lock."""
+    return CONTROL if CONTROL in sides else BASELINE
+
+
+def _plan(sides: Mapping[str, Run], seconds: float, clock: Clock) -> tuple[int, int]:
     """Calls of a side within one timing, and rounds between two looks at the clock.
 
     Several calls, so that even a model of microseconds can be timed; fewer rounds, so that one of seconds
     does not take minutes. On a GPU the calls of a timing are launched one after the other, without a wait.
     """
-    warm = interleave({BASELINE: baseline, CANDIDATE: candidate}, 3, clock=clock)
+    warm = interleave(sides, 3, clock=clock)
     best = [min(row) for row in warm.values()]
     repeats = max(1, math.ceil(_ROUND_MS / max(min(best), 1e-6)))
     a_round = 4 * sum(best) * repeats / 1e3  # two timings of each side, and an untimed one before each
@@ -299,18 +310,24 @@ def noise(locked: Mapping[str, Any]) -> str:
     """What keeps the ratio of a lock from being a good one to hold others against; "" when nothing does."""
     if (locked["waiting"] or 0.0) > _WAITING:
         return f"the threads waited for a core {locked['waiting']:.0%} of the time: the machine is busy"
-    width = (locked["high"] - locked["low"]) / (2 * locked["ratio"])
+    ratio = locked_ratio(locked, held_against(locked))
+    width = (ratio["high"] - ratio["low"]) / (2 * ratio["ratio"])
     return f"the ratio is known to {width:.1%} only" if width > 2 * _NARROW else ""
 
 
+def locked_ratio(locked: Mapping[str, Any], side: str) -> Mapping[str, Any]:
+    """``ratio``, ``low`` and ``high`` of a lock's ratio to a side."""
+    found: Mapping[str, Any] = locked[CONTROL] if side == CONTROL else locked
+    return found
+
+
 def facts(rounds: Rounds, baseline: str) -> dict[str, Any]:
-    """What the lock keeps of the rounds."""
-    ratio = rounds.ratio()
+    """What the lock keeps of the rounds; ``control`` is missing where there was none."""
+    control = {CONTROL: _kept(rounds.ratio(to=CONTROL))} if CONTROL in rounds.times else {}
     return {
         "baseline": baseline,
-        "ratio": round(ratio.middle, 4),
-        "low": round(ratio.low, 4),
-        "high": round(ratio.high, 4),
+        **_kept(rounds.ratio()),
+        **control,
         "baseline_ms": float(f"{rounds.milliseconds(BASELINE).middle:.4g}"),
         "candidate_ms": float(f"{rounds.milliseconds(CANDIDATE).middle:.4g}"),
         "rounds": rounds.count,
@@ -318,15 +335,24 @@ def facts(rounds: Rounds, baseline: str) -> dict[str, Any]:
     }
 
 
+def _kept(ratio: Interval) -> dict[str, float]:
+    return {"ratio": round(ratio.middle, 4), "low": round(ratio.low, 4), "high": round(ratio.high, 4)}
+
+
 def combined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the lock keeps of several processes' rounds: their median, and the hull of their intervals."""
-    middle = sorted(found, key=lambda row: row["ratio"])[len(found) // 2]
+    """What the lock keeps of several processes' rounds: their medians, and the hulls of their intervals."""
     waiting = [row["waiting"] for row in found if row["waiting"] is not None]
+    controls = [row[CONTROL] for row in found if CONTROL in row]
     return {
-        **middle,
-        "low": min(row["low"] for row in found),
-        "high": max(row["high"] for row in found),
+        **_combined_ratio(found),
+        **({CONTROL: _combined_ratio(controls)} if controls else {}),
         "rounds": sum(row["rounds"] for row in found),
         "waiting": statistics.median(waiting) if waiting else None,
         "processes": len(found),
     }
+
+
+def _combined_ratio(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The row with the median ratio, its interval the hull of all."""
+    middle = sorted(found, key=lambda row: row["ratio"])[len(found) // 2]
+    return {**middle, "low": min(row["low"] for row in found), "high": max(row["high"] for row in found)}

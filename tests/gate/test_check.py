@@ -11,7 +11,7 @@ import pytest
 
 from graphopt.cli._gate import budgets_of
 from graphopt.cli._subject import Config, prepare
-from graphopt.errors import InputError
+from graphopt.errors import InputError, LoweringError
 from graphopt.gate import cache
 from graphopt.gate.budgets import FIELDS, Budgets
 from graphopt.gate.finding import Finding, Result, exit_code, require_compared, worst
@@ -49,8 +49,12 @@ LATENCY = {
 }
 
 
-def times(candidate: float, baseline: float = 10.0) -> dict[str, list[float]]:
-    return {"baseline": [baseline] * 64, "candidate": [candidate] * 64}
+CONTROL = {"ratio": 0.9, "low": 0.89, "high": 0.91}
+
+
+def times(candidate: float, baseline: float = 10.0, **others: float) -> dict[str, list[float]]:
+    given = {"baseline": baseline, "candidate": candidate, **others}
+    return {side: [ms] * 64 for side, ms in given.items()}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +74,46 @@ def test_latency_is_held_against_the_baseline_and_the_lock(
     assert told(rows, "latency-ratio", ratio)
 
 
+@pytest.mark.parametrize(
+    ("candidate", "control", "slowdown", "baseline_slowdown"),
+    [
+        (4.5, 5.0, "passed", "improved"),
+        (5.0, 5.0, "failed", "passed"),  # a tenth more of the control's time
+        (5.5, 6.11, "passed", "passed"),  # the machine slows the executor, and both with it
+        (6.0, 6.67, "passed", "failed"),  # the executor is slower, and more than a machine explains
+        (4.0, 5.0, "improved", "improved"),
+    ],
+)
+def test_the_lock_is_held_against_the_control_closely_and_the_baseline_widely(
+    regressed: Path, candidate: float, control: float, slowdown: str, baseline_slowdown: str
+) -> None:
+    samples = times(candidate, control=control)
+    rows = judged(regressed, samples=samples, locked={"latency": {**LATENCY, "control": CONTROL}})
+    found = told(rows, "slowdown", slowdown)
+    assert "times the time of the graph as captured, 0.900 in the lock, 0.936 is allowed" in found["message"]
+    assert "0.500 in the lock, 0.575" in told(rows, "baseline-slowdown", baseline_slowdown)["message"]
+    assert told(rows, "latency-ratio", "passed")
+
+
+def test_without_a_control_on_both_sides_the_baseline_serves(regressed: Path) -> None:
+    for samples, locked in (
+        (times(5.5), {**LATENCY, "control": CONTROL}),
+        (times(5.5, control=6.0), LATENCY),
+    ):
+        rows = judged(regressed, samples=samples, locked={"latency": locked})
+        assert "times the time of eager, 0.500 in the lock" in told(rows, "slowdown")["message"]
+        assert not [row for row in rows if row["rule"] == "baseline-slowdown"]
+    other = {**LATENCY, "control": CONTROL, "baseline": "ort"}
+    rows = judged(regressed, samples=times(5.5, control=5.5), locked={"latency": other})
+    assert told(rows, "slowdown")  # the control is what it was, whatever the baseline
+    assert not [row for row in rows if row["rule"] == "baseline-slowdown"]
+
+
 def test_a_slow_down_says_what_changed(regressed: Path) -> None:
     rows = judged(regressed, samples=times(5.5), locked={"latency": LATENCY})
     found = told(rows, "slowdown")
-    assert found["message"].startswith("0.550 [0.550, 0.550] times that, 0.500 in the lock, 0.520 is allowed")
+    said = "0.550 [0.550, 0.550] times the time of eager, 0.500 in the lock, 0.520 is allowed"
+    assert found["message"].startswith(said)
     assert any("model.py changed" in words for words in found["because"])
 
 
@@ -342,5 +382,23 @@ def test_another_candidate_may_be_the_baseline(locked: Project) -> None:
     (ratio,) = [row for row in found["findings"] if row["rule"] == "latency-ratio"]
     assert "times the time of ort" in ratio["message"]
     assert found["facts"]["latency"]["baseline"] == "ort"
-    assert "no ratio to this baseline" in told(found["findings"], "slowdown", "skipped")["message"]
-    assert len(found["samples"]["baseline"]) == len(found["samples"]["candidate"]) >= 12
+    (slowdown,) = [row for row in found["findings"] if row["rule"] == "slowdown"]
+    assert "times the time of the graph as captured" in slowdown["message"]
+    assert not [row for row in found["findings"] if row["rule"] == "baseline-slowdown"]
+    assert {len(row) >= 12 for row in found["samples"].values()} == {True}
+    assert found["samples"].keys() == {"baseline", "candidate", "control"}
+
+
+def test_executors_that_cannot_run_the_graph_as_captured_make_no_control(
+    locked: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise LoweringError("not without its fusions")
+
+    monkeypatch.setattr("graphopt.cli._gate.partition", refuse)
+    done = locked.run("check", "--no-cache", "--json", "--seconds", "0.1")
+    (found,) = json.loads(done.stdout)["results"]
+    assert found["samples"].keys() == {"baseline", "candidate"}
+    assert "control" not in found["facts"]["latency"]
+    (slowdown,) = [row for row in found["findings"] if row["rule"] == "slowdown"]
+    assert "times the time of eager" in slowdown["message"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from graphopt.gate import latency
-from graphopt.gate.latency import BASELINE, CANDIDATE, Interval, Rounds
+from graphopt.gate.latency import BASELINE, CANDIDATE, CONTROL, Interval, Rounds
 from graphopt.runtime import rounds
 from tests._clock import Clock
 
@@ -105,6 +105,10 @@ def test_several_processes_make_one_ratio() -> None:
     assert (found["baseline_ms"], found["rounds"], found["processes"]) == (10.0, 192, 3)
     assert found["waiting"] == pytest.approx(0.15)
     assert latency.combined([rows[1]])["waiting"] is None
+    controls = [{"ratio": r, "low": r - 0.01, "high": r + 0.02} for r in (0.97, 0.95, 0.99)]
+    found = latency.combined([{**row, CONTROL: c} for row, c in zip(rows, controls, strict=True)])
+    assert found["ratio"] == 0.48
+    assert found[CONTROL] == {"ratio": 0.97, "low": pytest.approx(0.94), "high": pytest.approx(1.01)}
 
 
 def test_the_interval_is_in_milliseconds_too() -> None:
@@ -137,15 +141,37 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_rounds_end_as_soon_as_they_can_tell(clock: Clock) -> None:
-    found = latency.measure(clock.sleeping(0.002), clock.sleeping(0.004), [1.05], seconds=60)
+    sides = {BASELINE: clock.sleeping(0.002), CANDIDATE: clock.sleeping(0.004)}
+    found = latency.measure(sides, [(BASELINE, 1.05)], seconds=60)
     assert clock.now < 5
     assert found.ratio().tell(1.05) == "beyond"
     assert len(found.times[BASELINE]) == len(found.times[CANDIDATE]) == 2 * found.count
 
 
 def test_rounds_end_when_the_time_is_out(clock: Clock) -> None:
-    found = latency.measure(clock.sleeping(0.001), clock.sleeping(0.001), [1.0], seconds=0.01)
+    sides = {BASELINE: clock.sleeping(0.001), CANDIDATE: clock.sleeping(0.001)}
+    found = latency.measure(sides, [(BASELINE, 1.0)], seconds=0.01)
     assert found.count == 6
+
+
+def test_every_limit_is_of_a_side_of_its_own(clock: Clock) -> None:
+    """0.5 of the baseline's time is far below its limit, and at the limit to the control nothing can tell."""
+
+    def measured(*limits: latency.Limit, precision: float = 0.0) -> Rounds:
+        source = random.Random(0)
+        sides = {
+            BASELINE: clock.sleeping(0.004),
+            CANDIDATE: lambda: clock.sleep(0.002 * (1 + abs(source.gauss(0, 0.1)))),
+            CONTROL: clock.sleeping(0.002),
+        }
+        return latency.measure(sides, limits, seconds=60, precision=precision)
+
+    few = measured((BASELINE, 0.7))
+    to_control = few.ratio(to=CONTROL).middle
+    assert to_control == pytest.approx(2 * few.ratio().middle)
+    assert few.count == 64
+    assert measured((BASELINE, 0.7), (CONTROL, to_control - 1e-4)).count > 64
+    assert measured((BASELINE, 0.7), precision=1e-9).count == 256
 
 
 def test_what_is_too_short_to_be_timed_is_called_several_times() -> None:
@@ -157,7 +183,8 @@ def test_what_is_too_short_to_be_timed_is_called_several_times() -> None:
 
         return run
 
-    found = latency.measure(call(0), call(1), [100.0], seconds=0.01)
+    sides = {BASELINE: call(0), CANDIDATE: call(1)}
+    found = latency.measure(sides, [(BASELINE, 100.0)], seconds=0.01)
     assert calls[0] == calls[1] > 1000
     assert found.milliseconds(BASELINE).middle < 0.05
 
@@ -167,7 +194,10 @@ def test_the_clock_is_the_one_that_is_given() -> None:
     times = {"slow": 3.0, "fast": 2.0}
     sides: dict[str, Callable[[], str]] = {name: lambda name=name: name for name in times}  # type: ignore[misc]
     found = latency.measure(
-        sides["fast"], sides["slow"], [1.05], seconds=0.01, clock=lambda run: times[str(run())]
+        {BASELINE: sides["fast"], CANDIDATE: sides["slow"]},
+        [(BASELINE, 1.05)],
+        seconds=0.01,
+        clock=lambda run: times[str(run())],
     )
     assert found.times == {BASELINE: [2.0] * 2 * found.count, CANDIDATE: [3.0] * 2 * found.count}
     assert found.ratio().middle == pytest.approx(1.5)
@@ -179,9 +209,10 @@ def test_a_call_runs_untimed_before_it_is_timed(clock: Clock) -> None:
     def side(name: str) -> Callable[[], None]:
         return lambda: (order.append(name), clock.sleep(0.002))[1]
 
-    found = latency.measure(side("a"), side("b"), [100.0], seconds=0.01)
-    timed = order[-8 * found.count :]
-    assert "".join(timed) == "aabbbbaa" * found.count
+    sides = {BASELINE: side("a"), CANDIDATE: side("b"), CONTROL: side("c")}
+    found = latency.measure(sides, [(BASELINE, 100.0)], seconds=0.01)
+    timed = order[-12 * found.count :]
+    assert "".join(timed) == "aabbccccbbaa" * found.count
 
 
 def test_a_machine_whose_threads_wait_proves_nothing() -> None:
