@@ -110,6 +110,9 @@ def _experiment(
         "regression": counts["regression"],
         "inconclusive": counts["inconclusive"],
         "pass": counts["pass"],
+        "doubts": dict(
+            Counter(f"{rule}: {_doubt(said)}" for row in told for rule, said in row["doubts"].items())
+        ),
         "ratio": round(statistics.median(ratios), 4),
         "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
         "ratio_locked": told[0]["locked"],
@@ -119,6 +122,16 @@ def _experiment(
         "seconds_a_check": round((time.perf_counter() - start) / len(told), 1),
         "processes": processes,
     }
+
+
+def _doubt(message: str) -> str:
+    """What an inconclusive finding says, without its numbers."""
+    kinds = {
+        "too noisy": "too noisy",
+        "waited for a core": "no core",
+        "the baseline itself": "slower machine",
+    }
+    return next((kind for words, kind in kinds.items() if words in message), message)
 
 
 def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
@@ -135,11 +148,14 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
     side, _ = limits["slowdown"]
     for _ in range(count):
         rounds = latency.measure(sides, [*limits.values()], seconds, clock=clock_of(device))
-        statuses = {found.status for found in speed(entry["facts"], examined.facts, rounds, budgets)}
+        findings = [*speed(entry["facts"], examined.facts, rounds, budgets)]
+        statuses = {found.status for found in findings}
         failed, unsure = "failed" in statuses, "inconclusive" in statuses
         verdict = "regression" if failed else "inconclusive" if unsure else "pass"
+        doubts = {found.rule: found.message for found in findings if found.status == "inconclusive"}
         row = {
             "verdict": verdict,
+            "doubts": {} if failed else doubts,
             "ratio": rounds.ratio(to=side).middle,
             "locked": latency.locked_ratio(entry["facts"]["latency"], side)["ratio"],
             "to_baseline": rounds.ratio().middle,

@@ -201,7 +201,7 @@ def speed(locked: Facts, now: Facts, rounds: Rounds | None, budgets: Budgets) ->
             usual = latency.locked_ratio(before, side)
             against += f", {usual['ratio']:.3f} in the lock"
         message = f"{ratio} times {against}, {limit:.3f} is allowed"
-        found = _told(rule, ratio, limit, message, rounds, before, locked, now)
+        found = _told(rule, ratio, limit, message, rounds, before, side, locked, now)
         better = usual is not None and ratio.high < usual["low"]
         yield replace(found, status="improved") if better and found.status == "passed" else found
     if "slowdown" not in limits and budgets.max_slowdown is not None:
@@ -216,6 +216,7 @@ def _told(
     message: str,
     rounds: Rounds,
     before: Mapping[str, Any] | None,
+    side: str,
     locked: Facts,
     now: Facts,
 ) -> Finding:
@@ -228,7 +229,7 @@ def _told(
         return Finding(
             rule, "inconclusive", words, ("run it again, on a quieter machine or with more --seconds",)
         )
-    if why := latency.not_comparable(rounds, before):
+    if why := latency.not_comparable(rounds, before, side):
         return Finding(rule, "inconclusive", f"{message}; but {why}")
     because, line = _why(locked, now)
     return Finding(

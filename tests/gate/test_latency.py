@@ -231,7 +231,11 @@ def test_a_machine_that_is_slower_than_it_was_proves_nothing() -> None:
     found = rounds_of(lambda: 2.0, 16)
     said = latency.not_comparable(found, {"waiting": 0.0, "baseline_ms": 10.0})
     assert "the baseline itself takes 2.00 times as long as for the lock" in said
-    assert latency.not_comparable(rounds_of(lambda: 1.0, 16), {"waiting": 0.0, "baseline_ms": 10.0}) == ""
+    locked = {"waiting": 0.0, "baseline_ms": 10.0}
+    assert latency.not_comparable(rounds_of(lambda: 1.0, 16), locked) == ""
+    for slower, side, said in ((1.5, BASELINE, True), (1.5, CONTROL, False), (2.5, CONTROL, True)):
+        found = rounds_of(lambda slower=slower: slower, 16)  # type: ignore[misc]
+        assert bool(latency.not_comparable(found, locked, side)) == said
 
 
 def test_where_the_system_tells_nothing_about_waiting_the_rounds_decide() -> None:
