@@ -20,7 +20,7 @@ from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, op_name
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.runtime.onnx_packing import pack_projections
-from graphopt.runtime.onnx_translation import translate
+from graphopt.runtime.onnx_translation import quiet, translate
 
 # The residual norms, and which of their inputs is added to the sum. Their last outputs may be left out.
 _BIAS_OF = {"SkipLayerNormalization": 4, "SkipSimplifiedLayerNormalization": 3}
@@ -70,7 +70,8 @@ def _simplify(model: ir.Model) -> None:
     What they do, our passes have done to the graph, and ONNX Runtime does when it loads the model.
     """
     common.InlinePass()(model)
-    fold_constants_ir(model)
+    with quiet():
+        fold_constants_ir(model)
     for step in (
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),

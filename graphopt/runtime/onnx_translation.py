@@ -140,16 +140,24 @@ def _parts(node: fx.Node) -> list[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter warns about its own deprecations and logs what it lacks; the user asked for neither."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Exporters warn about their own deprecations, and log what they lack and what they cannot fold.
+
+    The user asked for neither.
+    """
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_TALKATIVE = "torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding"
 
 
 # What it takes apart

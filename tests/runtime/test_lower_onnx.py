@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
+from graphopt.capture.export import capture
 from graphopt.compiler.compare import compare
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.passes.fold_weight_layout import PASS as FOLD_WEIGHT_LAYOUT
@@ -40,6 +41,19 @@ def test_a_transposed_weight_is_read_as_it_lies() -> None:
         weight = node.inputs[1].const_value
         assert tuple(weight.shape) == tuple(own[name].shape)
         assert weight.numpy().ctypes.data == own[name].data_ptr()
+
+
+def test_what_cannot_be_folded_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    def looked_up(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.gather(m.table, 1, m.places)
+
+    made = program(looked_up)
+    made.register_buffer("table", randn(1, 64))  # more than NumPy chooses from
+    made.register_buffer("places", torch.arange(8)[None])
+    x = randn(2, 8)
+    lowered = to_onnx(capture(made, (x,)))
+    assert "GatherElements" in [node.op_type for node in lowered.graph]  # not evaluated
+    assert not [row for row in caplog.records if row.levelname in ("WARNING", "ERROR")]
 
 
 def test_a_weight_that_lies_as_it_is_read_is_left_alone() -> None:
