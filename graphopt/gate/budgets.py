@@ -36,7 +36,7 @@ class Budgets:
         max_slowdown: how much larger than in the lock the ratio to the control may be, as a fraction: to the
             graph as captured, on the executors that run the optimized one; to the baseline, where there is no
             control.
-        max_baseline_slowdown: likewise, of the ratio to the baseline.
+        max_baseline_slowdown: likewise, of the ratio to the baseline; off where ``max_slowdown`` is.
         min_throughput: items a second; an item is a row of the first input.
         max_memory: bytes at the peak, by accounting.
         max_memory_growth: of these.

@@ -49,11 +49,11 @@ def limits_of(locked: Facts, now: Facts, budgets: Budgets, sides: Iterable[str])
     if budgets.max_latency_ratio is not None:
         found["latency-ratio"] = (BASELINE, budgets.max_latency_ratio)
     before = locked["latency"]
-    if not before or same_machine(locked, now):
+    if not before or budgets.max_slowdown is None or same_machine(locked, now):
         return found
     same_baseline = before["baseline"] == budgets.baseline
     controlled = CONTROL in before and CONTROL in sides
-    if budgets.max_slowdown is not None and (controlled or same_baseline):
+    if controlled or same_baseline:
         side = CONTROL if controlled else BASELINE
         found["slowdown"] = (side, latency.locked_ratio(before, side)["ratio"] * (1 + budgets.max_slowdown))
     if budgets.max_baseline_slowdown is not None and controlled and same_baseline:

@@ -103,6 +103,10 @@ def test_without_a_control_on_both_sides_the_baseline_serves(regressed: Path) ->
         rows = judged(regressed, samples=samples, locked={"latency": locked})
         assert "times the time of eager, 0.500 in the lock" in told(rows, "slowdown")["message"]
         assert not [row for row in rows if row["rule"] == "baseline-slowdown"]
+    controlled = {**LATENCY, "control": CONTROL}
+    off = {"max_slowdown": None}
+    rows = judged(regressed, samples=times(9, control=5.0), locked={"latency": controlled}, budgets=off)
+    assert not [row for row in rows if "slowdown" in row["rule"]]
     other = {**LATENCY, "control": CONTROL, "baseline": "ort"}
     rows = judged(regressed, samples=times(5.5, control=5.5), locked={"latency": other})
     assert told(rows, "slowdown")  # the control is what it was, whatever the baseline
