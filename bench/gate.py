@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,35 @@ def _print(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _record(rows: list[dict[str, Any]], command: list[str]) -> None:
+def recorded() -> list[dict[str, Any]]:
+    """The rows of the last run of each case."""
     path = RESULTS / "gate.jsonl"
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Recorded rows as a table, with where and how they were measured."""
+    head = "| machine | checks | regression | inconclusive | pass | ratio to the control, in the lock |"
+    lines = [head, "|" + " --- |" * 6]
+    for row in rows:
+        if "pass" in row:
+            counts = [str(row[name]) for name in ("checks", "regression", "inconclusive", "pass")]
+            low, high = row["ratio_range"]
+            ratio = f"{low:.3f} to {high:.3f}, {row['ratio_locked']:.3f}"
+            lines.append("| " + " | ".join((row["case"], *counts, ratio)) + " |")
+    whole = next(row for row in rows if "seconds_cached" in row)
+    where = f"on {whole['machine']['threads']} threads of an {whole['machine']['cpu']}"
+    commits = sorted({f"{row['commit']}, {row['date']}" for row in rows})
+    note = (
+        f"MiniLM 1x32 {where}. A whole check takes {whole['seconds_from_nothing']:.0f} s, and"
+        f" {whole['seconds_cached']:.0f} s where nothing changed. torch {whole['versions']['torch']}; commit"
+        f" {'; '.join(commits)}. Again: `python -m bench gate`."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _record(rows: list[dict[str, Any]], command: list[str]) -> None:
+    path, old = RESULTS / "gate.jsonl", recorded()
     new = {row["case"] for row in rows}
     context = {
         "machine": machine(),

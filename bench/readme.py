@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS
+from bench import RESULTS, gate
 from graphopt.bench.rows import read
 from graphopt.bench.summary import floor, measured, peers
 from graphopt.observe.summary import ms
@@ -52,6 +52,8 @@ def _example(name: str) -> str:
 
 def _table(suite: str) -> str:
     """A suite's recorded rows as Markdown, with where and how they were measured."""
+    if suite == "gate":
+        return gate.markdown(gate.recorded())
     rows = measured(read(RESULTS / f"{suite}.jsonl"))
     names = peers(rows)
     head = [
