@@ -237,7 +237,7 @@ def recorded() -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Recorded rows as a table, with where and how they were measured."""
-    head = "| machine | checks | regression | inconclusive | pass | ratio to the control, in the lock |"
+    head = "| case | checks | regression | inconclusive | pass | ratio to the control, in the lock |"
     lines = [head, "|" + " --- |" * 6]
     for row in rows:
         if "pass" in row:
