@@ -55,6 +55,7 @@ _FACTS: dict[str, tuple[str, ...]] = {
     "versions": (),
     "weights": (),
 }
+_RATIO = dict.fromkeys(("ratio", "low", "high"))
 _LISTS = {"outputs", "remarks", "undone"}  # of rows, which have the keys
 _MAY_BE_NULL = {"gpu", "latency", "metric", "plan", "serve"}
 
@@ -124,7 +125,8 @@ def missing(facts: Mapping[str, Any]) -> str:
     for row in facts["outputs"]:
         if "digest" not in row and not {"norm", "sketch"} <= row.keys():
             return "outputs.sketch"
-    return ""
+    control = (facts["latency"] or {}).get("control", _RATIO)  # a lock may have none
+    return "" if isinstance(control, Mapping) and _RATIO.keys() <= control.keys() else "latency.control"
 
 
 _AGAIN = "take it from version control, or write it again with: graphopt lock SPEC"

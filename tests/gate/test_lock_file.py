@@ -59,6 +59,7 @@ def bad_locks(text: str) -> dict[str, tuple[str, str]]:
     """Locks that cannot be read, by what is wrong with them, with what the error says."""
     found = json.loads(text)
     entry = found["models"]["model:make"]
+    timed = {**entry["facts"].get("latency", {}), "control": {"ratio": 1.0}}
     lines = text.splitlines()
     conflict = [*lines[:9], "<<<<<<< HEAD", lines[9], "=======", lines[10], ">>>>>>> branch", *lines[11:]]
     return {
@@ -82,6 +83,10 @@ def bad_locks(text: str) -> dict[str, tuple[str, str]]:
                 {**found, "models": {"a": {**entry, "facts": {**entry["facts"], "outputs": [{"type": "x"}]}}}}
             ),
             "lacks outputs.sketch among its facts",
+        ),
+        "half a control": (
+            json.dumps({**found, "models": {"a": {**entry, "facts": {**entry["facts"], "latency": timed}}}}),
+            "lacks latency.control among its facts",
         ),
         "a strange config": (
             json.dumps({**found, "models": {"a": {**entry, "config": {"spec": "model:make", "speed": 3}}}}),
