@@ -72,10 +72,8 @@ _NARROW = 0.03  # an interval of that half-width is told as "within" by its midd
 # cores, and so above _MORE_WAITING more than for the lock, whose own threads may be more than the cores;
 # but above _MOST_WAITING in any case: beside one other process on every core it is a half.
 _WAITING, _MORE_WAITING, _MOST_WAITING = 0.25, 0.10, 0.40
-_SLOWER = {
-    BASELINE: 1.25,
-    CONTROL: 2.0,
-}  # the baseline against its own time in the lock, by side of the limit
+# How long the baseline may take against its own time in the lock, by the side that a limit is of.
+_SLOWER = {BASELINE: 1.25, CONTROL: 2.0}
 _ROUND_MS = 1.0  # a round is at least so long: a clock's own cost and its grain are then below 0.1 %
 
 

@@ -197,8 +197,12 @@ def settled(now: Any, locked: Any, key: str = "") -> Any:
 
 
 def _overlap(now: Mapping[str, Any], locked: Mapping[str, Any]) -> bool:
+    """True where noise explains every difference: the same sides, and intervals that overlap."""
+    if ("control" in now) != ("control" in locked):
+        return False
+    ratios = [(now, locked), *([(now["control"], locked["control"])] if "control" in now else [])]
     try:
         same = now["baseline"] == locked["baseline"]
-        return bool(same and now["low"] <= locked["high"] and locked["low"] <= now["high"])
+        return same and all(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in ratios)
     except (KeyError, TypeError):
         return False

@@ -275,6 +275,18 @@ def test_settled_keeps_a_ratio_whose_interval_holds_the_old_one() -> None:
     assert settled(faster, old) == faster
 
 
+def test_settled_takes_a_control_that_moved_or_is_new_whatever_the_baseline_does() -> None:
+    def timed(**control: float) -> dict[str, Any]:
+        found = {"baseline": "eager", "ratio": 0.5, "low": 0.48, "high": 0.52}
+        return {"latency": {**found, "control": control} if control else found}
+
+    old = timed(ratio=0.97, low=0.96, high=0.98)
+    assert settled(timed(ratio=0.98, low=0.97, high=0.99), old) == old
+    for now in (timed(ratio=1.05, low=1.04, high=1.06), timed()):
+        assert settled(now, old) == now
+    assert settled(old, timed()) == old
+
+
 def test_two_entries_are_found_by_pattern(lock_text: str) -> None:
     entries = {"a:x": {}, "a:y": {}, "b:x": {}}
     assert lockfile.matching(entries, ["a:*", "a:x"], Path("l")) == ["a:x", "a:y"]
