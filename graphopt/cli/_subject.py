@@ -120,6 +120,7 @@ class Prepared:
         inputs: flat tensors.
         passes: what will rewrite it.
         host: what its forward asks of the host.
+        calibration: further inputs, for ranges.
     """
 
     config: Config
@@ -128,6 +129,7 @@ class Prepared:
     inputs: list[torch.Tensor]
     passes: list[Pass]
     host: dict[str, Any]
+    calibration: list[Any]
 
     @property
     def original(self) -> torch.nn.Module:
@@ -160,7 +162,7 @@ def prepare(config: Config) -> Prepared:
     dynamic = _options.dynamic(config.dynamic)
     captured, inputs = capture_any(loaded.model, loaded.args, loaded.kwargs, dynamic=dynamic)
     select(captured, _options.outputs(config.outputs))
-    made = Prepared(config, loaded, captured, inputs, passes, {})
+    made = Prepared(config, loaded, captured, inputs, passes, {}, _spec.calibration(config.calibration))
     args, kwargs = made.call
     return replace(made, host=host.watch(lambda: made.original(*args, **kwargs)))
 
@@ -239,7 +241,7 @@ def optimized_by(
         enable=chosen.enable if runs.get("rewritten", True) else (),
         disable=chosen.disable,
         precision=precision,
-        calibration=_spec.calibration(config.calibration) if precision == asked else (),
+        calibration=prepared.calibration if precision == asked else (),
         max_loss=config.max_loss,
         effort=effort,
         progress=None if progress is None else lambda name, done: progress(name, 0.6 * done),
