@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import RESULTS
+from bench.markdown import table
 from bench.models import minilm
 from graphopt.cli import _gate
 from graphopt.cli._subject import Config, examine, prepare
@@ -237,14 +238,13 @@ def recorded() -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Recorded rows as a table, with where and how they were measured."""
-    head = "| case | checks | regression | inconclusive | pass | ratio to the control, in the lock |"
-    lines = [head, "|" + " --- |" * 6]
+    counts = ("checks", "regression", "inconclusive", "pass")
+    cells = []
     for row in rows:
         if "pass" in row:
-            counts = [str(row[name]) for name in ("checks", "regression", "inconclusive", "pass")]
             low, high = row["ratio_range"]
             ratio = f"{low:.3f} to {high:.3f}, {row['ratio_locked']:.3f}"
-            lines.append("| " + " | ".join((row["case"], *counts, ratio)) + " |")
+            cells.append([row["case"], *(str(row[name]) for name in counts), ratio])
     whole = next(row for row in rows if "seconds_cached" in row)
     where = f"on {whole['machine']['threads']} threads of an {whole['machine']['cpu']}"
     commits = sorted({f"{row['commit']}, {row['date']}" for row in rows})
@@ -253,7 +253,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         f" {whole['seconds_cached']:.0f} s where nothing changed. torch {whole['versions']['torch']}; commit"
         f" {'; '.join(commits)}. Again: `python -m bench gate`."
     )
-    return "\n".join([*lines, "", note, ""])
+    head = ["case", *counts, "ratio to the control, in the lock"]
+    return "\n".join([*table(head, cells), "", note, ""])
 
 
 def _record(rows: list[dict[str, Any]], command: list[str]) -> None:

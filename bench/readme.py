@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS, gate
+from bench.markdown import table
 from graphopt.bench.rows import read
 from graphopt.bench.summary import floor, measured, peers
 from graphopt.observe.summary import ms
@@ -64,13 +65,18 @@ def _table(suite: str) -> str:
         "optimize (s)",
         "peak memory",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = [row["case"], f"**{ms(row['sides'][0]['ms']['median'])}**"]
-        cells += [_peer(row, peer) for peer in names]
-        cells += [floor(row), f"{row['optimize']['cold_s']:.0f}", _peak(row)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _note(suite, rows), ""])
+    cells = [
+        [
+            row["case"],
+            f"**{ms(row['sides'][0]['ms']['median'])}**",
+            *(_peer(row, peer) for peer in names),
+            floor(row),
+            f"{row['optimize']['cold_s']:.0f}",
+            _peak(row),
+        ]
+        for row in rows
+    ]
+    return "\n".join([*table(head, cells), "", _note(suite, rows), ""])
 
 
 def _note(suite: str, rows: list[dict[str, Any]]) -> str:
