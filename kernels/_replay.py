@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._capture import own_stream
+from graphopt.kernels._driver import own_stream
 
 
 def captured(

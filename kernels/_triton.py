@@ -37,6 +37,8 @@ from typing import Any
 
 import torch
 
+from graphopt.kernels._driver import prefer_shared_memory
+
 try:
     import triton
     import triton.language as tl
@@ -176,7 +178,9 @@ def launch(
     options = launch_options(device, read, num_warps, num_stages)
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        kernel[grid](*args, **constants, **options)
+        started = kernel[grid](*args, **constants, **options)
+        if started is not None:  # nothing is compiled for the interpreter
+            prefer_shared_memory(started.function)
 
 
 def launch_options(device: torch.device, early: Any, num_warps: int, num_stages: int) -> dict[str, Any]:

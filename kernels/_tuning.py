@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._capture import own_stream
+from graphopt.kernels._driver import own_stream
 from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import (
     INTERPRETED,

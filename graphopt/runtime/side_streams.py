@@ -14,7 +14,7 @@ call waits, by an event, for the calls of other streams that it reads from. Two 
   another stream is launched without.
 
 cuBLAS keeps a workspace by stream, which must lie in the graph's memory: captures have streams of their own
-(see ``kernels/_capture.py``), and the run ahead of a capture has others.
+(see ``kernels/_driver.py``), and the run ahead of a capture has others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from graphopt.compiler.cost import VIEWS, milliseconds, node_cost, node_dtype
 from graphopt.compiler.device import Limits
 from graphopt.errors import said
 from graphopt.ir.graph import Graph, is_getitem, is_symbolic, tensor_bytes
-from graphopt.kernels._capture import own_stream
+from graphopt.kernels._driver import own_stream
 from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import Edge, behind_edge
 from graphopt.runtime.scheduling.branches import MOST_STREAMS, WORTH, Arrangement, Call

@@ -1,13 +1,16 @@
-"""A stream to capture CUDA graphs on, that nobody else has."""
+"""What only the CUDA driver gives, and neither PyTorch nor Triton asks it for."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import warnings
+from typing import Any
 
 import torch
 
+_CARVE_OUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of the most there is
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the default stream, nor that one for it
 
 
@@ -29,8 +32,7 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
     """
     stream = ctypes.c_void_p()
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        failed = driver.cuStreamCreate(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+        failed = _driver().cuStreamCreate(ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
     except (OSError, AttributeError) as error:
         failed = error
     if failed or stream.value is None:
@@ -42,3 +44,30 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
         )
         return torch.cuda.Stream(device)
     return torch.cuda.ExternalStream(stream.value, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def prefer_shared_memory(function: int) -> bool:
+    """Let a kernel run with as much of its processor's L1 cache as shared memory as there may be.
+
+    A processor divides that memory anew only when it is idle. Where two kernels want different shares, no
+    program of the second starts beside those of the first: what dependent launches are made for. The driver
+    by itself gives each kernel the share that it needs; a product and the norm behind it differ.
+
+    Of HF BERT-base 8x128 in half precision, one CUDA graph on an H100, it took 0.12 of 0.79 ms.
+
+    Args:
+        function: the driver's handle of the kernel, as Triton has it, loaded on the current device.
+
+    Returns:
+        Whether the driver does so; asked once a kernel.
+    """
+    try:
+        set_attribute = _driver().cuFuncSetAttribute
+        return not set_attribute(ctypes.c_void_p(function), ctypes.c_int(_CARVE_OUT), ctypes.c_int(100))
+    except (OSError, AttributeError):
+        return False
+
+
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
