@@ -35,7 +35,7 @@ def config(kind: str, **more: Any) -> Any:
     import transformers
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 32}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64}
     return getattr(transformers, f"{kind}Config")(**{**sizes, **more})
 
 

@@ -16,6 +16,7 @@ from graphopt.runtime.cuda_graph import CudaGraph, CudaGraphs, Function
 
 GRAPHS = 8  # shapes that have a graph
 _FUNCTIONS = 64  # shapes that a function is remembered for
+_QUIET = nullcontext()
 
 Sizes = tuple[int, ...]
 Shapes = tuple[tuple[torch.Size, ...], Sizes]
@@ -63,7 +64,8 @@ class Graphed:
                 own.
         """
         key = _shapes(inputs), sizes
-        with self._lock, torch.no_grad(), self._graphs.here():
+        quiet = torch.no_grad() if torch.is_grad_enabled() else _QUIET
+        with self._lock, quiet, self._graphs.here():
             self._graphs.follow()
             graph = self._buckets.find(key)
             if graph is None:
@@ -125,7 +127,7 @@ class Graphed:
 
 
 def _shapes(inputs: Sequence[torch.Tensor]) -> tuple[torch.Size, ...]:
-    return tuple(tensor.shape for tensor in inputs)
+    return tuple([tensor.shape for tensor in inputs])
 
 
 def _fresh(results: Sequence[Any], inputs: Sequence[torch.Tensor]) -> list[Any]:

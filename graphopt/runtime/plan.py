@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,6 +80,20 @@ class Plan:
     def ends(self, values: Mapping[str, Any]) -> list[Any]:
         """The flat outputs among the values that the steps made."""
         return [values[end.name] if isinstance(end, Value) else end for end in self.outputs]
+
+    @functools.cached_property
+    def places(self) -> tuple[list[int], list[int]] | None:
+        """Of a plan of one step, its inputs among the plan's and the plan's outputs among its results.
+
+        None where that is not all there is: several steps, or outputs that no step makes.
+        """
+        names = [end.name for end in self.outputs if isinstance(end, Value)]
+        if len(self.steps) != 1 or len(names) != len(self.outputs):
+            return None
+        region = self.steps[0].region
+        if not set(region.reads) <= set(self.inputs) or not set(names) <= set(region.writes):
+            return None
+        return [self.inputs.index(name) for name in region.reads], [region.writes.index(n) for n in names]
 
     def serving(self, inputs: Sequence[torch.Tensor]) -> Plan:
         """The plan that runs these inputs: itself, or the one that keeps the padding."""
