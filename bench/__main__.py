@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels, serving
-from bench.readme import update_readme
+from bench.readme import update_readme, update_tables
 from bench.suites import SUITES
 from graphopt.bench import peers, table
 from graphopt.bench.page import write_page
@@ -131,7 +131,7 @@ def _measure(name: str, given: argparse.Namespace) -> int:
         table.show(run.rows, Console())
     if run.rows and not given.dry:
         _compact(recorded)
-        update_readme()
+        update_tables()
     return run.exit_code
 
 

@@ -21,8 +21,13 @@ _BENCH = re.compile(r"(<!-- bench:(?P<suite>[\w-]+) -->\n).*?(<!-- /bench -->)",
 _EXAMPLE = re.compile(r"(<!-- example:(?P<name>\w+) -->\n).*?(<!-- /example -->)", re.DOTALL)
 
 
+def update_tables() -> None:
+    """Rewrite the README's tables of results."""
+    README.write_text(with_tables(README.read_text()))
+
+
 def update_readme() -> None:
-    """Rewrite the README's generated blocks: tables of results, and examples with what they print."""
+    """Rewrite all that is generated in the README: tables of results, and examples with what they print."""
     text = with_tables(README.read_text())
     README.write_text(_EXAMPLE.sub(lambda found: found[1] + _example(found["name"]) + found[3], text))
 

@@ -76,8 +76,9 @@ def test_eager_runs_also_as_one_cuda_graph_that_was_warm(problem: Problem, captu
     assert calls == []
 
 
-def test_inductor_has_the_mode_that_uses_cuda_graphs(problem: Problem) -> None:
-    assert [mode.name for mode in inductor_modes(problem)] == ["reduce-overhead", "max-autotune"]
+def test_inductor_runs_in_cuda_graphs_with_frozen_weights_and_without(problem: Problem) -> None:
+    names = [mode.name for mode in inductor_modes(problem)]
+    assert names == ["reduce-overhead", "max-autotune", "max-autotune, frozen"]
 
 
 def test_onnx_runtime_is_tried_with_and_without_a_cuda_graph(problem: Problem, tmp_path: Path) -> None:
