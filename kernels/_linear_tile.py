@@ -1,9 +1,11 @@
-"""What kernels of matrix products share: which tile a program makes, weights ahead of time, the epilogue."""
+"""What kernels of matrix products share: which tile a program makes, its sums, weights ahead of time, the
+epilogue.
+"""
 
 from __future__ import annotations
 
 from graphopt.kernels._activations_triton import activate, gelu_to_half
-from graphopt.kernels._triton import jit, tl
+from graphopt.kernels._triton import dot, jit, tl
 
 
 @jit
@@ -33,6 +35,46 @@ def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.const
             is_pure=False,
             pack=1,
         )
+
+
+@jit
+def tile_sums(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    rows,
+    columns,
+    M,
+    N,
+    first,
+    last,
+    stride_xm,
+    stride_wn,
+    stride_wk,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile's sums of products in float32, over the depth from the first to the last.
+
+    Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
+    """
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_xm + (first + ks)[None, :]
+    weight_ptrs = (
+        weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        if EVEN_K:
+            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k + ks < last)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k + ks < last)[:, None], other=0.0)
+        acc = dot(x, weight, acc)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K * stride_wk
+    return acc
 
 
 @jit

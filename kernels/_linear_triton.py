@@ -18,13 +18,19 @@ from typing import Any
 import torch
 
 from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, RESIDENT, Chip, linear_configs
-from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias, with_residual
+from graphopt.kernels._linear_tile import (
+    epilogue,
+    prefetch_weights,
+    tile_of,
+    tile_sums,
+    with_bias,
+    with_residual,
+)
 from graphopt.kernels._linear_tma import _linear_tma_kernel
 from graphopt.kernels._rows import power_of_two
 from graphopt.kernels._triton import (
     as_rows,
     capability,
-    dot,
     jit,
     launch,
     processors,
@@ -81,22 +87,10 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     if PDL == 2 and PREFETCH:
         prefetch_weights(weight_ptr, columns % N, stride_wn, first, last, BLOCK_K)
     wait_for_inputs(PDL)
-    # Rows and columns past the end are taken from the start: read in bounds without a mask, never stored.
-    ks = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + (rows % M).to(tl.int64)[:, None] * stride_xm + (first + ks)[None, :]
-    weight_ptrs = (
-        weight_ptr + (columns % N).to(tl.int64)[None, :] * stride_wn + (first + ks)[:, None] * stride_wk
-    )
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(first, last, BLOCK_K):
-        if EVEN_K:
-            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(k + ks < last)[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=(k + ks < last)[:, None], other=0.0)
-        acc = dot(x, weight, acc)
-        x_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K * stride_wk
+    acc = tile_sums(
+        x_ptr, weight_ptr, rows, columns, M, N, first, last, stride_xm, stride_wn, stride_wk,
+        EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if SPLITS == 1:
