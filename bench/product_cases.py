@@ -14,7 +14,7 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
 def products() -> Iterator[Case]:
-    """All of them: BERT-base, ViT-B/16 and ResNet-50, and the gated block of a small language model."""
+    """All of them: BERT-base, ViT-B/16 and ResNet-50, and a small language model's gated block and loss."""
     yield Case("linear_activation", "1x2048 to 1000", _linear(1, 2048, 1000, "none"))
     yield Case("linear_add_layer_norm", "1x3072 to 768", _normed(1, 3072, 768))
     for rows in (128, 1024, 4096, 64 * 197):
@@ -36,6 +36,8 @@ def products() -> Iterator[Case]:
     yield Case("packed_attention", "32x277, 12 heads of 64", _packed(32, 277))
     for batch in (1, 64):
         yield Case("conv_activation", f"{batch}x256x14x14, 3x3", _convolution(batch, 14, 256, 256, 3))
+    for rows, classes in ((2048, 32000), (2048, 128256), (16, 128256)):
+        yield Case("linear_cross_entropy", f"{rows}x2048 to {classes}", _loss(rows, 2048, classes))
     ends = _convolution(64, 56, 64, 256, 1, residual=True)
     yield Case("conv_activation", "64x64x56x56 to 256, 1x1, residual", ends)
 
@@ -75,6 +77,15 @@ def _gated(rows: int, depth: int, features: int) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         draw = _drawn(device, dtype)
         return draw(rows, depth), *(draw(features, depth) / depth**0.5 for _ in range(2))
+
+    return make
+
+
+def _loss(rows: int, depth: int, classes: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = _drawn(device, dtype)
+        target = torch.randint(classes, (rows,), device=device)
+        return draw(rows, depth), draw(classes, depth) / depth**0.5, None, target, -100, "mean", True
 
     return make
 

@@ -198,6 +198,35 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
     return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
 
 
+@functools.lru_cache(maxsize=1024)
+def loss_configs(M: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
+    """How the logits of a loss may be cut up, the likeliest first; arguments as above.
+
+    There are always many tiles, so the depth is never cut, and of many rows the largest tile has the least to
+    read. Row tiles go together: a head of 128k classes is larger than L2, the rows are not.
+    """
+    m = 64 if M > 32 else 32 if M > 16 else 16
+    found: tuple[Config, ...]
+    if M <= 64:
+        found = (tiles(m, 128, 64, 4, 5), tiles(m, 128, 128, 4, 3), tiles(m, 64, 128, 4, 4))
+        by_tma = (tma_tiles(m, 128, 128, 4, 4, tma=EACH), tma_tiles(m, 128, 64, 4, 4, tma=EACH))
+    else:
+        found = (
+            tiles(128, 256, 64, 8, 3, group=16),
+            tiles(128, 128, 64, 8, 3, group=16),
+            tiles(64, 128, 64, 4, 4, group=16),
+        )
+        by_tma = (
+            tma_tiles(128, 256, 64, 8, 3, group=16),
+            tma_tiles(128, 256, 64, 8, 4, group=16, tma=EACH),
+            tma_tiles(128, 128, 64, 4, 3, group=16, tma=EACH),
+            tma_tiles(128, 128, 64, 8, 4, group=16),
+        )
+    found = (*by_tma, *found) if tma else found
+    found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
+    return tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+
+
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:
     """Bytes of shared memory: the tiles under way, and with TMA the finished one.
 

@@ -3,7 +3,8 @@
     logits = x @ weight.T + bias
     out = reduce over n of (log(sum_v(exp(logits_nv))) - logits_n,target_n), target_n != ignore_index
 
-At a vocabulary of 128k the logits of 8k tokens are 4 GB in float32; here a block of rows exists at a time.
+At a vocabulary of 128k the logits of 8k tokens are 4 GB in float32. Here a block of rows exists at a time,
+and in Triton not even that: of a tile of logits a kernel keeps what the loss needs, and writes none.
 
 Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (arXiv:2411.09009).
 """
@@ -13,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
+from graphopt.kernels._cross_entropy_triton import losses
+from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, linear, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 
@@ -79,7 +83,7 @@ def _reference(
     float32: bool = False,
 ) -> torch.Tensor:
     wide = float32 and x_ND.dtype != torch.float64  # the reference in float64 stays there
-    rows = max(1, _BLOCK // weight_VD.shape[0])
+    rows = _BLOCK // max(weight_VD.shape[0], 1) or 1
     losses = []
     for start in range(0, max(x_ND.shape[0], 1), rows):
         logits_RV = F.linear(x_ND[start : start + rows], weight_VD, bias_V)
@@ -89,8 +93,10 @@ def _reference(
     loss_N = torch.cat(losses)
     if reduction == "none":
         return loss_N
-    total = loss_N.sum()
-    return total if reduction == "sum" else total / (target_N != ignore_index).sum()
+    # Where the mean fits into float16 the sum need not.
+    total = loss_N.sum(dtype=torch.promote_types(loss_N.dtype, torch.float32))
+    reduced = total if reduction == "sum" else total / (target_N != ignore_index).sum()
+    return reduced.to(loss_N.dtype)
 
 
 def _cost(
@@ -105,6 +111,34 @@ def _cost(
     """One matrix product; the loss is not worth counting beside it, and no logit is written."""
     written = (x.shape[0] if reduction == "none" else 1) * x.element_size()
     return Cost(flops=2.0 * x.shape[0] * weight.numel(), bytes=nbytes(x, weight, bias, target) + written)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    float32: bool = False,
+) -> torch.Tensor:
+    return losses(
+        x, weight, bias, target, ignore_index, reduction, dtype=torch.float32 if float32 else x.dtype
+    )
+
+
+def _refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    float32: bool = False,
+) -> str | None:
+    if weight.shape[0] == 0:
+        return "there are no classes"
+    return refuse_product(x, weight, bias, target)
 
 
 def _onnx(
@@ -129,10 +163,12 @@ def _onnx(
     loss = op.Where(counts, op.Neg(chosen), op.CastLike(op.Constant(value_float=0.0), logits))
     if reduction == "none":
         return loss
-    total = op.ReduceSum(loss, keepdims=0)
-    return (
-        total if reduction == "sum" else op.Div(total, op.ReduceSum(op.CastLike(counts, logits), keepdims=0))
-    )
+    narrow = not float32 and x.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    wide = op.Cast(loss, to=1) if narrow else loss
+    total = op.ReduceSum(wide, keepdims=0)
+    if reduction == "mean":
+        total = op.Div(total, op.ReduceSum(op.CastLike(counts, wide), keepdims=0))
+    return op.CastLike(total, loss) if narrow else total
 
 
 def _samples() -> Iterator[Sample]:
@@ -142,6 +178,7 @@ def _samples() -> Iterator[Sample]:
     yield Sample((x, weight, bias, target.clamp(min=0), 7, "sum"), label="bias, sum, another index")
     yield Sample((x, weight, bias, target, -100, "none"), label="no reduction")
     yield Sample((1e2 * x, weight, bias, target), label="large magnitudes")
+    yield Sample((1e4 * x, weight, None, target), label="a sum that float16 does not hold")
 
 
 def _bad_samples() -> Iterator[BadSample]:
@@ -153,4 +190,7 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, weight, None, target[:2]), match=r"target \(2,\) is not one class a row")
 
 
-OP = register(Op("linear_cross_entropy", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(_launch, _refuses)
+OP = register(
+    Op("linear_cross_entropy", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON)
+)

@@ -27,7 +27,7 @@ from graphopt.kernels._float8_configs import float8_configs
 from graphopt.kernels._float8_triton import WITH_FLOAT8, float8_product
 from graphopt.kernels._linear_configs import Chip, linear_configs
 from graphopt.kernels._linear_triton import products
-from graphopt.kernels._triton import WITH_PDL, Launch, recorded_launches
+from graphopt.kernels._triton import WITH_PDL, Gpu, Launch, recorded_launches, standing_in_for
 from graphopt.kernels._tuning import Config
 from graphopt.kernels.quantize_rows import OP as QUANTIZE_ROWS
 from tests.kernels._dependence import hazards
@@ -56,7 +56,7 @@ def every(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
                         continue
                     found[f"{launch.kernel.__name__}, {case.shape}, {target}"] = facts(launch, capability)
     with FakeTensorMode():
-        for name, launch in (*by_tma(), *float8_by_tma()):
+        for name, launch in (*by_tma(), *float8_by_tma(), *losses_by_tma()):
             if only and launch.kernel.__name__ not in only:
                 continue
             for target in ("sm_90", "sm_100"):
@@ -112,6 +112,15 @@ def float8_by_tma() -> Iterator[tuple[str, Launch]]:
                 float8_product(*args)
             tiles = "x".join(str(config.tiles[f"BLOCK_{letter}"]) for letter in "MNK")
             yield f"_float8_tma_kernel, {M}x{K} to {N} by {tiles}, {config.num_stages} stages", launches[0]
+
+
+def losses_by_tma() -> Iterator[tuple[str, Launch]]:
+    """The losses among the cases, as such a GPU makes their logits."""
+    for case in (case for case in product_cases() if case.kernel == "linear_cross_entropy"):
+        args = case.make(torch.device("cuda"), torch.float16)
+        with standing_in_for(Gpu((9, 0), 132, 232448)), recorded_launches() as launches:
+            case.face.launch(*args)
+        yield f"{launches[0].kernel.__name__}, {case.shape}", launches[0]
 
 
 @contextmanager
