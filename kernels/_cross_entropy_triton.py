@@ -69,7 +69,7 @@ def _keep(  # type: ignore[no-untyped-def]
     tl.store(partial_ptr + tl.cdiv(N, BLOCK_N) * size, total, mask=inside)
     target = tl.load(target_ptr + rows, mask=inside, other=-1)
     place = target - tile_n * BLOCK_N
-    here = (place >= 0) & (place < BLOCK_N) & (target < N)
+    here = (place >= 0) & (place < BLOCK_N)
     is_chosen = places[None, :] == tl.where(here, place, -1).to(tl.int32)[:, None]
     tl.store(chosen_ptr + rows, tl.sum(tl.where(is_chosen, logits, 0.0), axis=1), mask=here)
 
@@ -280,15 +280,15 @@ def _products(
 
     Returns:
         The largest logit of every row in every column of tiles, and the sum of the exponentials below it,
-        (2, tiles, M); and the logits of the targets, (M,), of which those of targets that are no class stay
-        unwritten. Both float32.
+        (2, tiles, M); and the logits of the targets, (M,), garbage where a target is no class. Both float32.
     """
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
     kernel = _linear_cross_entropy_tma_kernel if tma else _linear_cross_entropy_kernel
     chip = Chip(processors(x.device), shared_memory(x.device))
-    key = M, N, K, x.dtype, weight.stride(1) == 1, tma
-    config = choose(kernel, x.device, key, loss_configs(M, x.element_size(), chip, tma))
+    whole = weight.stride(1) == 1 and not (x.stride(0) % 16 or weight.stride(0) % 16)
+    key = M, N, K, x.dtype, weight.stride(1) == 1, whole, tma
+    config = choose(kernel, x.device, key, loss_configs(M, N, x.element_size(), chip, tma, whole))
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     parts, tiles = triton.cdiv(N, n), triton.cdiv(M, m) * triton.cdiv(N, n)
     partial = x.new_empty((2, parts, M), dtype=torch.float32)

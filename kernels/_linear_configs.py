@@ -199,14 +199,25 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def loss_configs(M: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
-    """How the logits of a loss may be cut up, the likeliest first; arguments as above.
+def loss_configs(
+    M: int, N: int, itemsize: int, chip: Chip, tma: bool, whole: bool = True
+) -> tuple[Config, ...]:
+    """How the logits of a loss may be cut up, the likeliest first; the depth is not, for tiles are many.
 
-    There are always many tiles, so the depth is never cut, and of many rows the largest tile has the least to
-    read. Row tiles go together: a head of 128k classes is larger than L2, the rows are not.
+    Of many rows the largest tile has the least to read. All row tiles of the same classes go together: a head
+    of 128k classes is larger than L2, the rows are not.
+
+    Args:
+        M: rows of x.
+        N: classes.
+        itemsize: bytes of an element.
+        chip: what the tiles must fit.
+        tma: whether they may be moved by TMA.
+        whole: whether threads read 16 bytes at a time; else the addresses of deep tiles leave no registers.
     """
     m = 64 if M > 32 else 32 if M > 16 else 16
     found: tuple[Config, ...]
+    by_tma: tuple[Config, ...]
     if M <= 64:
         found = (tiles(m, 128, 64, 4, 5), tiles(m, 128, 128, 4, 3), tiles(m, 64, 128, 4, 4))
         by_tma = (tma_tiles(m, 128, 128, 4, 4, tma=EACH), tma_tiles(m, 128, 64, 4, 4, tma=EACH))
@@ -222,9 +233,12 @@ def loss_configs(M: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Config, 
             tma_tiles(128, 128, 64, 4, 3, group=16, tma=EACH),
             tma_tiles(128, 128, 64, 8, 4, group=16),
         )
+    if not whole:
+        found = (tiles(m, 64, 32, 4, 4) if M <= 64 else tiles(128, 128, 32, 8, 3, group=16),)
     found = (*by_tma, *found) if tma else found
-    found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
-    return tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+    ordered = sorted(found, key=lambda config: -min(_busy(config, max(M, 1), N, chip), 0.7))
+    small = tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2)  # enough for every GPU, in float32 too
+    return tuple(c for c in (*ordered, *small) if _shared(c, itemsize) <= chip.shared)
 
 
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:

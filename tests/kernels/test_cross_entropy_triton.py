@@ -215,10 +215,23 @@ def test_what_is_refused() -> None:
 def test_configurations_fit_a_processor(rows: int, tma: bool, itemsize: int) -> None:
     """Of an H100 and of a GPU with 100 KiB of shared memory; some are always left, by pointers too."""
     for shared in (227 * 1024, 100 * 1024):
-        found = loss_configs(rows, itemsize, Chip(132, shared), tma)
+        found = loss_configs(rows, 32000, itemsize, Chip(132, shared), tma)
+        assert len(set(map(str, found))) == len(found)
         assert any(not config.tiles["TMA"] for config in found)
         for config in found:
             m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
             assert (m + n) * k * itemsize * config.num_stages <= shared
             assert config.tiles["SPLITS"] == 1
             assert tma or not config.tiles["TMA"]
+
+
+def test_the_likeliest_configuration() -> None:
+    """The largest tile, unless processors would be idle or addresses take too many registers."""
+    chip, largest = Chip(132, 227 * 1024), tiles(128, 256, 64, 8, 3, group=16)
+    assert loss_configs(2048, 32000, 2, chip, True)[0] == tma_tiles(128, 256, 64, 8, 3, group=16)
+    assert loss_configs(2048, 32000, 2, chip, False)[0] == largest
+    for rows in (16, 2048):
+        apart = loss_configs(rows, 32000, 2, chip, False, whole=False)
+        assert all(config.tiles["BLOCK_K"] == 32 for config in apart)
+    assert loss_configs(512, 1000, 2, chip, False)[0] == tiles(64, 128, 64, 4, 4, group=16)
+    assert loss_configs(16, 32000, 2, chip, False)[0] == tiles(16, 128, 64, 4, 5)
