@@ -118,7 +118,7 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     if not tma:
         return by_pointer
     stages = 6 if parts == 1 else 4
-    by_tma = (
+    by_tma: tuple[Config, ...] = (
         tma_tiles(m, 64, 128, 4, stages, parts, tma=EACH),
         tma_tiles(m, 64, 128, 4, stages, parts),  # the same programs, compiled as a loop over tiles
         tma_tiles(m, 64, 256, 4, 3, parts, tma=EACH),

@@ -161,11 +161,12 @@ def _attended(graph: Graph, node: fx.Node) -> Read | None:
     """One query's keys and values, of which the mask leaves only real tokens: an empty sequence has none."""
     if node.target is not ATTENTION.overload or not same_size(node.meta["val"].shape[1], 1):
         return None
-    by, fill, key = argument(node, "mask"), argument(node, "fill"), node.args[1]
+    by, fill = argument(node, "mask"), argument(node, "fill")
+    key: Any = node.args[1]
     if by is None or by.meta["val"].dtype != torch.bool or argument(node, "is_causal"):
         return None
     swallowed = fill is None or fill <= SWALLOWS
-    mask = token_mask(by) if swallowed and masks_keys(by, key.meta["val"].shape) else None  # type: ignore[union-attr]
+    mask = token_mask(by) if swallowed and masks_keys(by, key.meta["val"].shape) else None
     return None if mask is None else Read(node.args[1:3], by, mask, guarded=True)  # type: ignore[arg-type]
 
 
