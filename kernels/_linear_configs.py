@@ -195,6 +195,24 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
     return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
 
 
+@functools.lru_cache(maxsize=1024)
+def grouped_configs(rows: int, experts: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
+    """How two products of each expert's rows may be cut up, the likeliest first.
+
+    Tiles high enough for twice an expert's share come first: a second row tile of an expert has the first
+    one's weights from L2, but none costs nothing.
+
+    Args:
+        rows: of all experts together.
+        experts: that share them.
+        itemsize: bytes of an element.
+        chip: what the tiles must fit.
+    """
+    share = -(-rows // max(experts, 1))
+    likely, lower = (gated_configs(height, itemsize, chip) for height in (2 * share, share))
+    return *likely, *(config for config in lower if config not in likely)
+
+
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:
     """Bytes of shared memory: the tiles under way, and with TMA the finished one.
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from graphopt.compiler.evaluate import concrete
 from graphopt.errors import said
 from graphopt.ir.op import TritonFace, op_of
 from graphopt.kernels import (
@@ -37,10 +40,12 @@ class Implementation:
         name: "triton", "triton product", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient",
             "aten".
         run: takes what the node's target takes.
+        reads_back: why no CUDA graph can hold it: it reads values on the host. None where one can.
     """
 
     name: str
     run: Run
+    reads_back: str | None = None
 
 
 def implementations(
@@ -69,8 +74,31 @@ def implementations(
     if not empty:
         ways += [Implementation(name, run) for name, run in _library(target, args, kwargs)]
     op = op_of(target)
-    ways.append(Implementation("aten", target if op is None else op.reference))
+    if op is None:
+        ways.append(Implementation("aten", target))
+    else:
+        reason = None if op.reads_back is None else op.reads_back(*args, **kwargs)
+        ways.append(Implementation("aten", op.reference, reason))
     return ways, refused
+
+
+def reads_back(node: fx.Node, device: torch.device) -> tuple[str | None, str | None]:
+    """Why a call reads values on the host: if its reference runs it, and whatever runs it. In words, or None.
+
+    Nothing is run, and no size that varies is guarded: it counts as it was captured.
+
+    Args:
+        node: the call.
+        device: that it is to run on.
+    """
+    op = op_of(node.target)
+    if op is None or op.reads_back is None:
+        return None, None
+    with FakeTensorMode():
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: concrete(n.meta["val"], str(device)))
+        ways, _ = implementations(node.target, args, kwargs)
+    reason = ways[-1].reads_back
+    return reason, reason if all(way.reads_back for way in ways) else None
 
 
 def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
