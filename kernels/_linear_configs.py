@@ -16,6 +16,7 @@ MANY_ROWS = 4096  # from which on a product has several rounds of tiles, and cuB
 RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
 DEEPEST = 384  # no part of the depth is cut to less
 MOST_PARTS = 8
+AMPERES = 163 * 1024  # bytes of shared memory, the most of a GPU before sm_90
 BY_CUBLAS = Config({"CUBLAS": 1})  # the product is cuBLAS's, and a kernel here finishes it
 
 
@@ -200,7 +201,8 @@ def grouped_configs(rows: int, experts: int, itemsize: int, chip: Chip) -> tuple
     """How two products of each expert's rows may be cut up, the likeliest first.
 
     Tiles high enough for twice an expert's share come first: a second row tile of an expert has the first
-    one's weights from L2, but none costs nothing.
+    one's weights from L2, but none costs nothing. Before sm_90, where factors pass through registers, two
+    sums of 128x128 leave none for them: ptxas puts 3.7 KB a thread into memory (Triton 3.6, sm_80).
 
     Args:
         rows: of all experts together.
@@ -210,7 +212,8 @@ def grouped_configs(rows: int, experts: int, itemsize: int, chip: Chip) -> tuple
     """
     share = -(-rows // max(experts, 1))
     likely, lower = (gated_configs(height, itemsize, chip) for height in (2 * share, share))
-    return *likely, *(config for config in lower if config not in likely)
+    found = *likely, *(config for config in lower if config not in likely)
+    return tuple(c for c in found if chip.shared > AMPERES or c.tiles["BLOCK_M"] * c.tiles["BLOCK_N"] < 2**14)
 
 
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:

@@ -96,7 +96,7 @@ def _reference(
 
 def _grouped_product(x_SD: torch.Tensor, weight_EDJ: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """(S, J): every row times its expert's weight; zeros behind the last expert's."""
-    if _is_on_gpu(x_SD, weight_EDJ):
+    if has_grouped_product(x_SD, weight_EDJ):
         return _on_gpu(x_SD, weight_EDJ, ends_E)
     out = x_SD.new_zeros(x_SD.shape[0], weight_EDJ.shape[2])
     start = 0
@@ -106,14 +106,18 @@ def _grouped_product(x_SD: torch.Tensor, weight_EDJ: torch.Tensor, ends_E: torch
     return out
 
 
-def _is_on_gpu(x_SD: torch.Tensor, weight_EDJ: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped product multiplies these without reading ``ends`` on the host.
+def has_grouped_product(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether PyTorch's grouped product multiplies these without reading their ends on the host.
 
     So it does for bfloat16 with rows of whole 16 bytes on GPUs of sm_90 and sm_100.
+
+    Args:
+        x: (S, D).
+        weight: (E, D, J).
     """
-    aligned = all(size * x_SD.element_size() % 16 == 0 for size in weight_EDJ.shape[1:])
-    fits = x_SD.is_cuda and x_SD.dtype == torch.bfloat16 and aligned and x_SD.is_contiguous()
-    return fits and capability(x_SD.device)[0] in (9, 10)
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.is_contiguous()
+    return fits and capability(x.device)[0] in (9, 10)
 
 
 def _on_gpu(x_SD: torch.Tensor, weight_EDJ: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -201,12 +205,13 @@ def _grouped_gated_mlp_kernel(  # type: ignore[no-untyped-def]
     ks, rows = tl.arange(0, BLOCK_K), first + tl.arange(0, BLOCK_M)
     row, column = tl.minimum(rows, M - 1).to(tl.int64)[:, None], (columns % N).to(tl.int64)[None, :]
     x_ptrs = x_ptr + row * stride_xm + ks[None, :]
-    offsets = expert.to(tl.int64) * stride_we + column * stride_wn + ks[:, None] * stride_wk
+    weights = expert.to(tl.int64) * stride_we
+    gate_ptrs = gate_ptr + weights + column * stride_wn + ks[:, None] * stride_wk
+    up_ptrs = up_ptr + weights + column * stride_wn + ks[:, None] * stride_wk
     depth = tl.where((expert < E) & (first < end), K, 0)  # rows without an expert become zeros
     gate, up = gated_sums(
-        x_ptrs, gate_ptr + offsets, up_ptr + offsets, depth, stride_wk, stride_wk,
-        EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        x_ptrs, gate_ptrs, up_ptrs, depth, stride_wk, stride_wk, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     out = epilogue(gate, 1.0, ACTIVATION) * up
     inside = (rows < end)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
@@ -264,7 +269,7 @@ def _reads_back(
     activation: str = "silu",
     up_first: bool = False,
 ) -> str | None:
-    if ends is None or _is_on_gpu(x, weight):
+    if ends is None or has_grouped_product(x, weight):
         return None
     return f"in {x.dtype} its reference cuts out every expert's rows on the host, by the values of ends"
 

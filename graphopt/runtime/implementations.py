@@ -26,6 +26,7 @@ from graphopt.kernels import (
 from graphopt.kernels._activations import TORCH
 from graphopt.kernels._aten import triton_face
 from graphopt.kernels._conv_triton import convolve_as_product, is_product
+from graphopt.kernels.grouped_gated_mlp import has_grouped_product
 
 aten = torch.ops.aten
 
@@ -74,31 +75,57 @@ def implementations(
     if not empty:
         ways += [Implementation(name, run) for name, run in _library(target, args, kwargs)]
     op = op_of(target)
-    if op is None:
-        ways.append(Implementation("aten", target))
-    else:
-        reason = None if op.reads_back is None else op.reads_back(*args, **kwargs)
-        ways.append(Implementation("aten", op.reference, reason))
+    run = target if op is None else op.reference
+    ways.append(Implementation("aten", run, _why_read_back(target, args, kwargs)))
     return ways, refused
 
 
-def reads_back(node: fx.Node, device: torch.device) -> tuple[str | None, str | None]:
-    """Why a call reads values on the host: if its reference runs it, and whatever runs it. In words, or None.
-
-    Nothing is run, and no size that varies is guarded: it counts as it was captured.
+def untraceable(node: fx.Node, device: torch.device) -> str | None:
+    """Why no compiler can trace what one of graphopt's ops stands for, in words, or None.
 
     Args:
-        node: the call.
+        node: a call.
         device: that it is to run on.
     """
     op = op_of(node.target)
     if op is None or op.reads_back is None:
-        return None, None
+        return None
     with FakeTensorMode():
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: concrete(n.meta["val"], str(device)))
-        ways, _ = implementations(node.target, args, kwargs)
-    reason = ways[-1].reads_back
-    return reason, reason if all(way.reads_back for way in ways) else None
+        args, kwargs = _without_data(node, device)
+        return op.reads_back(*args, **kwargs)
+
+
+def reads_back(node: fx.Node, device: torch.device) -> str | None:
+    """Why a call reads values on the host, whatever runs it; arguments as above."""
+    op = op_of(node.target)
+    if not (_is_grouped_product(node.target) if op is None else op.reads_back):
+        return None
+    with FakeTensorMode():
+        ways, _ = implementations(node.target, *_without_data(node, device))
+    return ways[-1].reads_back if all(way.reads_back for way in ways) else None
+
+
+def _without_data(node: fx.Node, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments as fake tensors; sizes that vary count as they were captured, so none is guarded."""
+    found: Any = fx.map_arg((node.args, node.kwargs), lambda n: concrete(n.meta["val"], str(device)))
+    return found  # type: ignore[no-any-return]
+
+
+def _why_read_back(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    op = op_of(target)
+    if op is not None:
+        return None if op.reads_back is None else op.reads_back(*args, **kwargs)
+    if not _is_grouped_product(target):
+        return None
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    if offsets is None or (target is aten._grouped_mm.default and has_grouped_product(*args[:2])):
+        return None
+    return f"in {args[0].dtype} a product of rows in groups reads their ends on the host"
+
+
+def _is_grouped_product(target: Any) -> bool:
+    """Whether it is a product of rows in groups: PyTorch's, or that of transformers, where it is imported."""
+    return target is aten._grouped_mm.default or str(target) == "transformers.grouped_mm_fallback.default"
 
 
 def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -121,6 +121,14 @@ def test_tiles_for_an_experts_share_of_the_rows() -> None:
     assert all(between.count(config) == 1 for config in between)
 
 
+def test_no_tile_takes_all_registers_of_an_older_gpu() -> None:
+    """Two sums of 128x128 are half of them; without wgmma the factors want the rest, and more."""
+    hopper, ampere = (grouped_configs(8192, 8, 2, Chip(108, 1024 * kb)) for kb in (227, 163))
+    assert hopper[0].tiles["BLOCK_M"] == hopper[0].tiles["BLOCK_N"] == 128
+    assert 3 <= len(ampere) < len(hopper)
+    assert all(config.tiles["BLOCK_M"] * config.tiles["BLOCK_N"] < 128 * 128 for config in ampere)
+
+
 @pytest.mark.parametrize(
     ("dtype", "reason"),
     [

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import graphopt
 from bench.product_cases import products
@@ -21,7 +23,7 @@ from graphopt.runtime import choosing
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors.cuda import uncapturable
 from graphopt.runtime.executors.inductor import Inductor
-from graphopt.runtime.implementations import Implementation, implementations, reads_back
+from graphopt.runtime.implementations import Implementation, implementations, reads_back, untraceable
 from graphopt.runtime.target import Target
 from tests._models import randn
 
@@ -66,16 +68,41 @@ def test_who_reads_back_on_a_gpu(
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     _, node = graph_of(dtype)
     with standing_in_for(gpu):
-        found = reads_back(node, GPU)
+        found = untraceable(node, GPU), reads_back(node, GPU)
     assert [reason is not None for reason in found] == [reference, all_ways]
     assert all(reason is None or WHY in reason for reason in found)
 
 
 def test_rows_of_each_expert_are_read_by_nobody() -> None:
     _, node = graph_of(grouped=False)
-    assert reads_back(node, CPU) == (None, None)
     assert uncapturable(node, CPU) is None
     assert Inductor().supports(node, Target(CPU)) is None
+
+
+@pytest.mark.parametrize(("gpu", "outside"), [(H100, False), (A100, True)])
+def test_a_product_of_rows_in_groups(gpu: Gpu, outside: bool) -> None:
+    """PyTorch's, behind the gated half of a mixture of experts."""
+
+    class Down(torch.nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.grouped_mm(x, weight, offs=ends)
+
+    ends = torch.tensor([2, 5, 7], dtype=torch.int32)
+    graph, _ = capture_any(Down().eval(), (randn(7, 16).bfloat16(), randn(3, 16, 32).bfloat16(), ends))
+    with standing_in_for(gpu):
+        reason = reads_back(graph.calls[0], GPU)
+    assert (reason is not None) is outside
+    assert reason is None or "reads their ends on the host" in reason
+
+
+def test_transformers_product_of_rows_in_groups() -> None:
+    """What takes its place wherever a compiler looks on, but for bfloat16."""
+    config = MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=3, num_experts_per_tok=2)
+    config._experts_implementation = "grouped_mm"
+    graph, _ = capture_any(MixtralSparseMoeBlock(config).eval(), (randn(2, 5, 16),))
+    found = [n for n in graph.calls if op_name(n) == "transformers.grouped_mm_fallback"]
+    assert len(found) == 2
+    assert all("reads their ends on the host" in str(uncapturable(node, CPU)) for node in found)
 
 
 @needs_interpreter

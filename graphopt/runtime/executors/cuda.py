@@ -283,5 +283,5 @@ def uncapturable(node: fx.Node, device: torch.device) -> str | None:
         return f"{op_name(node)} waits for the GPU to see whether it failed"
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return f"{op_name(node)} draws random numbers"
-    _, reason = reads_back(node, device)
+    reason = reads_back(node, device)
     return None if reason is None else f"{op_name(node)} waits for the GPU: {reason}"

@@ -20,7 +20,7 @@ from graphopt.ir.op import op_of
 from graphopt.runtime.executors._protocol import KernelTime, Note
 from graphopt.runtime.executors.cuda import computing, graphless, uncapturable
 from graphopt.runtime.graphed import Graphed
-from graphopt.runtime.implementations import reads_back
+from graphopt.runtime.implementations import untraceable
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
@@ -97,7 +97,7 @@ class Inductor:
         values = [node, *node.all_input_nodes]
         if any(getattr(n.meta["val"], "dtype", torch.float32).is_complex for n in values):
             return "Inductor generates no code for complex values"
-        reason, _ = reads_back(node, target.device)
+        reason = untraceable(node, target.device)
         return None if reason is None else f"Inductor cannot trace {op_name(node)}: {reason}"
 
     def compile(self, region: Region, target: Target, effort: str) -> InductorProgram:
