@@ -243,7 +243,7 @@ def _launch(
     constants: dict[str, Any] = {
         "ACTIVATION": activation,
         "EVEN_K": K % k == 0,
-        "PREFETCH": M <= FEW_ROWS * E and together,
+        "PREFETCH": ends is None and M <= FEW_ROWS * E and together,
         "GROUPS": power_of_two(E + 1),
     }
     grid = (tiles * triton.cdiv(N, n),)
