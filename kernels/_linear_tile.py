@@ -1,6 +1,4 @@
-"""What kernels of matrix products share: which tile a program makes, its sums, weights ahead of time, the
-epilogue.
-"""
+"""What kernels of matrix products share: a program's tile and its sums, weights ahead of time, the epilogue."""
 
 from __future__ import annotations
 
@@ -75,6 +73,39 @@ def tile_sums(  # type: ignore[no-untyped-def]
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * stride_wk
     return acc
+
+
+@jit
+def gated_sums(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    gate_ptrs,
+    up_ptrs,
+    K,
+    stride_gk,
+    stride_uk,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of the products of rows with two weights, in float32, from pointers to the start of K."""
+    ks = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, gate_weight, up_weight = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
+        else:
+            left = k + ks < K
+            x = tl.load(x_ptrs, mask=left[None, :], other=0.0)
+            gate_weight = tl.load(gate_ptrs, mask=left[:, None], other=0.0)
+            up_weight = tl.load(up_ptrs, mask=left[:, None], other=0.0)
+        gate = dot(x, gate_weight, gate)
+        up = dot(x, up_weight, up)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K * stride_gk
+        up_ptrs += BLOCK_K * stride_uk
+    return gate, up
 
 
 @jit

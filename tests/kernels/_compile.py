@@ -77,7 +77,7 @@ def facts(launch: Launch, capability: tuple[int, int]) -> dict[str, Any]:
 
 
 def by_tma() -> Iterator[tuple[str, Launch]]:
-    """Products as a GPU with a tensor memory accelerator makes them: the likeliest tiles, and the tall ones."""
+    """Products as a GPU with a tensor memory accelerator makes them: the likeliest tiles, and tall ones."""
     for M, N, K in ((128, 2304, 768), (128, 768, 3072), (1024, 3072, 768), (4096, 3072, 768)):
         config = linear_configs(M, N, K, 2, Chip(132, 232448), True, N < K, False)[0]
         x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
