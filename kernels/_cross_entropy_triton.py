@@ -293,17 +293,17 @@ def _products(
     parts, tiles = triton.cdiv(N, n), triton.cdiv(M, m) * triton.cdiv(N, n)
     partial = x.new_empty((2, parts, M), dtype=torch.float32)
     chosen = x.new_empty(M, dtype=torch.float32)
-    near = None if bias is None else bias.contiguous()
+    kept, rest = (partial, chosen), (None if bias is None else bias.contiguous(), target, M, N, K)
     constants: dict[str, Any] = {**config.options}
     tma = constants.pop("TMA")
     constants.pop("SPLITS")
     if tma:
         programs = tiles if tma == EACH else min(tiles, processors(x.device))
-        args = partial, chosen, described(x, m, k), described(weight, n, k), near, target, M, N, K
+        moved = described(x, m, k), described(weight, n, k)
         constants["RESIDENT"] = tma == RESIDENT
-        launch(_linear_cross_entropy_tma_kernel, (programs,), *args, **constants)
+        launch(_linear_cross_entropy_tma_kernel, (programs,), *kept, *moved, *rest, **constants)
     else:
-        args = partial, chosen, x, weight, near, target, M, N, K, x.stride(0), *weight.stride()
+        args = *kept, x, weight, *rest, x.stride(0), *weight.stride()
         launch(_linear_cross_entropy_kernel, (tiles,), *args, EVEN_K=K % k == 0, **constants)
     return partial, chosen
 

@@ -1,4 +1,4 @@
-"""What kernels of matrix products share: a program's tile and its sums, weights ahead of time, the epilogue."""
+"""What kernels of matrix products share: a program's tile, its sums, weights ahead of time, the epilogue."""
 
 from __future__ import annotations
 
