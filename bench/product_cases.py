@@ -14,7 +14,7 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
 def products() -> Iterator[Case]:
-    """All of them: BERT-base, ViT-B/16, ResNet-50; gated blocks and losses of language models, Mixtral's too."""
+    """All of them: BERT-base, ViT-B/16, ResNet-50; gated blocks and losses of language models."""
     yield Case("linear_activation", "1x2048 to 1000", _linear(1, 2048, 1000, "none"))
     yield Case("linear_add_layer_norm", "1x3072 to 768", _normed(1, 3072, 768))
     for rows in (128, 1024, 4096, 64 * 197):
