@@ -172,7 +172,8 @@ def _attended(graph: Graph, node: fx.Node) -> Read | None:
 
 def _holds_tokens(x: Any) -> bool:
     """True for what a layer computes for each token."""
-    return x.op == "call_function" and x.meta["val"].dim() == 3 and x.meta["val"].is_floating_point()
+    value = x.meta["val"]
+    return bool(x.op == "call_function" and value.dim() == 3 and value.is_floating_point())
 
 
 def between(mask: fx.Node, by: fx.Node) -> set[fx.Node]:
