@@ -27,6 +27,9 @@ def products() -> Iterator[Case]:
             yield Case("quantize_rows", f"{rows}x{depth}", _rows(rows, depth))
         yield Case("float8_linear", f"{rows}x768 to 3072, GELU", _float8(rows, 768, 3072, "gelu"))
         yield Case("float8_linear", f"{rows}x3072 to 768", _float8(rows, 3072, 768, "none"))
+    for rows in (1, 16, 128, 4096):
+        yield Case("quantized_linear", f"{rows}x4096 to 4096", _quantized(rows, 4096, 4096))
+    yield Case("quantized_linear", "16x768 to 3072, zero points", _quantized(16, 768, 3072, offset=True))
     for rows in (16, 128, 4096):
         yield Case("gated_mlp", f"{rows}x2048 to 5632", _gated(rows, 2048, 5632))
     for batch, length, masked in ((1, 128, False), (8, 128, True), (32, 512, True), (64, 197, False)):
@@ -58,6 +61,16 @@ def _float8(rows: int, depth: int, features: int, activation: str) -> Make:
         weight, scale = QUANTIZE_ROWS(draw(features, depth) / depth**0.5)
         x = QUANTIZE_ROWS(draw(rows, depth))
         return *x, weight, scale.squeeze(1), dtype, draw(features), activation
+
+    return make
+
+
+def _quantized(rows: int, depth: int, features: int, offset: bool = False) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = _drawn(device, dtype)
+        weight = torch.randint(-127, 128, (features, depth), dtype=torch.int8, device=device)
+        zero = torch.randint(-20, 20, (features,), dtype=torch.int8, device=device) if offset else None
+        return draw(rows, depth), weight, draw(features).abs() / 127, draw(features), zero
 
     return make
 
