@@ -30,6 +30,10 @@ def products() -> Iterator[Case]:
     for rows in (1, 16, 128, 4096):
         yield Case("quantized_linear", f"{rows}x4096 to 4096", _quantized(rows, 4096, 4096))
     yield Case("quantized_linear", "16x768 to 3072, zero points", _quantized(16, 768, 3072, offset=True))
+    for bits in (4, 8):
+        for rows in (1, 16, 512):
+            shape = f"{rows}x4096 to 4096, {bits} bits"
+            yield Case("block_quantized_linear", shape, _blocks(rows, 4096, 4096, bits))
     for rows in (16, 128, 4096):
         yield Case("gated_mlp", f"{rows}x2048 to 5632", _gated(rows, 2048, 5632))
     for batch, length, masked in ((1, 128, False), (8, 128, True), (32, 512, True), (64, 197, False)):
@@ -71,6 +75,15 @@ def _quantized(rows: int, depth: int, features: int, offset: bool = False) -> Ma
         weight = torch.randint(-127, 128, (features, depth), dtype=torch.int8, device=device)
         zero = torch.randint(-20, 20, (features,), dtype=torch.int8, device=device) if offset else None
         return draw(rows, depth), weight, draw(features).abs() / 127, draw(features), zero
+
+    return make
+
+
+def _blocks(rows: int, depth: int, features: int, bits: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw, size = _drawn(device, dtype), (features, depth // 32, 4 * bits)
+        weight = torch.randint(256, size, dtype=torch.uint8, device=device)
+        return draw(rows, depth), weight, draw(*size[:2]) / 2**bits, bits, draw(features)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Tiles for products with a weight in 8 bits, chosen by shape."""
+"""Tiles for products with a weight in 4 or 8 bits, chosen by shape."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from graphopt.kernels._linear_configs import FEW_ROWS, Chip, parts_of_depth
 from graphopt.kernels._tuning import Config
 
+PIECE = 32  # weights of a block that are multiplied at a time: two steps of the tensor cores
 _DEEP = 2048  # from which on cutting the depth gains more than the kernel that adds up the parts takes
 
 
@@ -54,11 +55,9 @@ def _few_rows(M: int, N: int, K: int, chip: Chip) -> list[Config]:
     such program keeps half of a processor's schedulers busy, so twice as many as processors are wanted.
     """
     m = next(size for size in (16, 32, 64, 128) if size >= M or size == 128)
-    tall, deep = -(-M // m), K >= _DEEP
 
     def parts(n: int, programs: int = 1) -> int:
-        fewer = Chip(programs * chip.processors, chip.shared)
-        return parts_of_depth(tall * -(-N // n), K, fewer) if deep else 1
+        return _parts(M, N, K, m, n, chip, programs)
 
     if m > 32:
         return [
@@ -75,7 +74,13 @@ def _few_rows(M: int, N: int, K: int, chip: Chip) -> list[Config]:
         quantized_tiles(m, 64, 128, 2, 6, parts(64, 2)),
         quantized_tiles(m, 64, 256, 4, 4, parts(64)),
     ]
-    return found if deep else [found[1], found[0], *found[2:]]  # uncut, narrow tiles are more programs
+    return found if K >= _DEEP else [found[1], found[0], *found[2:]]  # uncut, narrow tiles are more programs
+
+
+def _parts(M: int, N: int, K: int, m: int, n: int, chip: Chip, programs: int) -> int:
+    """Parts of the depth of tiles of m rows and n columns that make so many programs a processor."""
+    wanted = Chip(programs * chip.processors, chip.shared)
+    return parts_of_depth(-(-M // m) * -(-N // n), K, wanted) if K >= _DEEP else 1
 
 
 def _many_rows(M: int, N: int, chip: Chip) -> list[Config]:
@@ -94,3 +99,60 @@ def _shared(config: Config, itemsize: int) -> int:
     """Bytes of shared memory: the tiles under way, a byte a weight, or the sums turned over."""
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     return max((m * itemsize + n) * k * config.num_stages, m * n * 4) + 1024
+
+
+def block_tiles(m: int, n: int, pieces: int, warps: int, stages: int, splits: int = 1) -> Config:
+    """A configuration of a product with a scale a block of the weight.
+
+    Args:
+        m: rows of a tile.
+        n: columns of a tile.
+        pieces: of the depth in one step, a product each; as many as warps, or more.
+        warps: of a program.
+        stages: steps whose tiles are on their way at a time.
+        splits: parts that the depth is cut into, each summed by a program of its own.
+    """
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "PIECES": pieces, "GROUP_M": 8, "SPLITS": splits}
+    return Config(sizes, warps, stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def block_configs(
+    M: int, N: int, K: int, piece: int, bits: int, itemsize: int, chip: Chip
+) -> tuple[Config, ...]:
+    """How a product with a scale a block may be cut up, the likeliest first.
+
+    The sums of a step's pieces are held apart to the end, so that tiles are small, of many rows too.
+
+    Args:
+        M: rows of x.
+        N: rows of the weight.
+        K: columns of both.
+        piece: weights of a block that are multiplied at a time.
+        bits: of a weight.
+        itemsize: bytes of an element of x.
+        chip: what the tiles must fit.
+    """
+    m = 16 if M <= 16 else 32
+
+    def parts(n: int) -> int:
+        return _parts(M, N, K, m, n, chip, 2)
+
+    found = [
+        block_tiles(m, 64, 4, 4, 5, parts(64)),
+        block_tiles(m, 32, 4, 4, 6, parts(32)),
+        block_tiles(m, 64, 4, 4, 5),
+        block_tiles(m, 32, 8, 8, 4, parts(32)),
+        block_tiles(m, 32, 4, 4, 6),
+    ]
+    if M > FEW_ROWS:
+        found = [block_tiles(64, 32, 4, 4, 4), block_tiles(64, 32, 8, 8, 3), *found]
+    found.append(block_tiles(16, 32, 4, 4, 2))
+    kept = [config for place, config in enumerate(found) if config not in found[:place]]
+
+    def fits(config: Config) -> bool:
+        m, n, pieces = (config.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES"))
+        step = pieces * (m * piece * itemsize + n * piece * bits // 8 + n * itemsize)
+        return max(step * config.num_stages, pieces * m * n * 4) + 1024 <= chip.shared
+
+    return tuple(filter(fits, kept))

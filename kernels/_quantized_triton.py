@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import torch
 
+from graphopt.kernels._codes_triton import widened
 from graphopt.kernels._linear_configs import FEW_ROWS, Chip
 from graphopt.kernels._linear_tile import prefetch_weights, tile_of, with_bias
 from graphopt.kernels._linear_triton import PREFETCHED, summed
 from graphopt.kernels._quantized_configs import quantized_configs
 from graphopt.kernels._triton import (
-    INTERPRETED,
     as_rows,
-    constant,
     dot,
     jit,
     launch,
@@ -33,40 +32,6 @@ from graphopt.kernels._triton import (
     wait_for_inputs,
 )
 from graphopt.kernels._tuning import choose
-
-_INTERPRETED = constant(INTERPRETED)
-
-
-@jit
-def _widened(codes, zero, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes less a zero point, (N, K) and (N, 1), as numbers of x's type, exactly.
-
-    The last ten bits of a float16 from 1024 to 2047 are whole numbers: a code is put there as it is, and one
-    subtraction takes away what was added and the zero point. Converting instructions have a fraction of that
-    rate. The other types have no room for it, and go by way of float32.
-    """
-    if dtype == tl.float16:
-        start: tl.constexpr = 1152.0 if codes.dtype == tl.int8 else 1024.0
-        return _behind_1024(codes) - (zero.to(tl.float32) + start).to(tl.float16)
-    return (codes.to(tl.float32) - zero.to(tl.float32)).to(dtype)
-
-
-@jit
-def _behind_1024(codes):  # type: ignore[no-untyped-def]
-    """uint8 codes plus 1024 in float16, int8 ones plus 1024 + 128; four to three instructions."""
-    flipped = codes.to(tl.uint8, bitcast=True)
-    if codes.dtype == tl.int8:
-        flipped = flipped ^ 0x80
-    if _INTERPRETED:
-        return (flipped.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, 0x64646464, 0x4140; prmt.b32 $1, $2, 0x64646464, 0x4342;",
-        "=r,=r,r",
-        [flipped],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )
 
 
 @jit
@@ -120,7 +85,7 @@ def _quantized_kernel(  # type: ignore[no-untyped-def]
         else:  # what is past the end of x is zero, whatever the weight is there
             x = tl.load(x_ptrs, mask=(k + ks < last)[:, None], other=0.0)
             codes = tl.load(weight_ptrs, mask=(k + ks < last)[None, :], other=0)
-        acc = dot(_widened(codes, zero, x_ptr.dtype.element_ty), x, acc)
+        acc = dot(widened(codes, zero, x_ptr.dtype.element_ty), x, acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * stride_wk
     acc = tl.trans(acc * tl.load(scale_ptr + columns % N).to(tl.float32)[:, None])
