@@ -47,11 +47,14 @@ SUITES: dict[str, Suite] = {
     "cpu": Suite(
         "encoders on a CPU, in float32",
         [
-            _case("BERT-base 1x128", "bert_base", batch=1, seq=128, device="cpu"),
-            _case("MiniLM 1x32", "minilm", batch=1, seq=32, device="cpu"),
-            _case("MiniLM 8x128", "minilm", batch=8, seq=128, device="cpu"),
-            _case("MiniLM 8x128 ragged", "minilm", batch=8, seq=128, lengths="real", device="cpu"),
-            _case("MiniLM 32x128 ragged", "minilm", batch=32, seq=128, lengths="real", device="cpu"),
+            case
+            for model, factory in (("MiniLM", "minilm"), ("BERT-base", "bert_base"))
+            for case in (
+                _case(f"{model} 1x16", factory, batch=1, seq=16, device="cpu"),
+                _case(f"{model} 1x128", factory, batch=1, seq=128, device="cpu"),
+                _case(f"{model} 8x128", factory, batch=8, seq=128, device="cpu"),
+                _case(f"{model} 32x128 ragged", factory, batch=32, seq=128, lengths="real", device="cpu"),
+            )
         ],
         "eager,inductor,onnxruntime,openvino",
     ),

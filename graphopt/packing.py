@@ -44,7 +44,7 @@ class Packed:
         graph: the graph.
         rewrites: what made it.
         mask: name of the input that tells real tokens.
-        first: it takes for granted that every sequence begins with a real token.
+        first: it takes for granted that every sequence begins with a token that the mask marks with 1.
     """
 
     graph: Graph
@@ -137,7 +137,7 @@ def remove_padding(
     if not outcome.graph.fx.find_nodes(op="call_function", target=PACKED_ATTENTION.overload):
         return None
     first = reads_first(outcome.graph)
-    if first and not bool(given[:, 0].all()):
+    if first and not bool((given[:, 0] == 1).all()):
         reason = "padding is not removed: the example pads a first position, which the model reads"
         remarks.add("missed", "remove_padding", None, reason)
         return None

@@ -125,6 +125,9 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
         tma_tiles(m, 32, 256, 4, 3, narrow, tma=EACH),
         tma_tiles(m, 64, 128, 4, 10 - stages, parts, tma=EACH),
     )
+    if M > 128:  # where tiles of 64 rows are more than the processors, those of 128 may be one round
+        tall = parts_of_depth(-(-M // 128) * -(-N // 64), K, chip) if worth else 1
+        by_tma += tma_tiles(128, 64, 128, 4, 3, tall, tma=EACH), tma_tiles(128, 64, 64, 8, 5, tall, tma=EACH)
     return by_tma + by_pointer[:2]
 
 

@@ -250,8 +250,10 @@ def _onnx(
     On the CPU, with a mask Attention wins, 0.63 ms against 0.79 ms for MultiHeadAttention with a bias and
     0.77 ms for separate nodes at (1, 128, 12, 64), and only Attention gives zeros for empty rows:
     MultiHeadAttention gives NaN where the bias is -inf. Without one MultiHeadAttention never writes the
-    scores: 0.74 ms against 0.72 ms there, 38 ms against 46 ms at (1, 1024, 12, 64). Float32, ONNX Runtime
-    1.31, one thread of an AVX-512 CPU.
+    scores: 0.74 ms against 0.72 ms there, 38 ms against 46 ms at (1, 1024, 12, 64). Grouped heads Attention
+    takes as they are: 0.79 ms against 5.74 with the keys of 8 heads repeated for one query of 32, 1,025 keys.
+    GroupQueryAttention is level with it, 29.4 ms against 31.0 at (1, 512, 32, 64), and wants lengths for a
+    mask. Float32, ONNX Runtime 1.31, one thread of an AVX-512 CPU.
 
     On CUDA the flash and memory-efficient kernels have been behind MultiHeadAttention for longer than behind
     Attention, and take an additive mask and causality as well.

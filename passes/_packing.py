@@ -59,14 +59,14 @@ def token_mask(node: Any) -> fx.Node | None:
     """
     while isinstance(node, fx.Node) and node.op == "call_function":
         source: Any = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or not _says_the_same(node, source):
+        if not isinstance(source, fx.Node) or not says_the_same(node, source):
             break
         node = source
     fits = isinstance(node, fx.Node) and isinstance(node.meta["val"], torch.Tensor)
     return node if fits and node.meta["val"].dim() == 2 else None
 
 
-def _says_the_same(node: fx.Node, source: fx.Node) -> bool:
+def says_the_same(node: fx.Node, source: fx.Node) -> bool:
     """True for a view that only adds dimensions, and for a cast that keeps zeros and nothing else zero."""
     before, after = source.meta["val"], node.meta["val"]
     if node.target is aten.ne.Scalar:
@@ -74,7 +74,8 @@ def _says_the_same(node: fx.Node, source: fx.Node) -> bool:
     if node.target is aten.to.dtype:
         return _keeps_zeros(before.dtype, after.dtype)
     if node.target in (aten.unsqueeze.default, aten.reshape.default, aten.squeeze.dim, aten.expand.default):
-        return same_shape(_real(before), _real(after)) or _repeats_queries(before, after)
+        repeats = _repeats_queries(before, after) or _repeats_features(before, after)
+        return repeats or same_shape(_real(before), _real(after))
     if node.target is aten.slice.Tensor:
         return same_shape(before.shape, after.shape)
     return False
@@ -102,6 +103,13 @@ def _repeats_queries(before: torch.Tensor, after: torch.Tensor) -> bool:
     return all(same_size(before.shape[i], 1) for i in (1, 2)) and all(
         same_size(before.shape[i], after.shape[i]) for i in ends
     )
+
+
+def _repeats_features(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """True for (batch, length, 1) expanded along a token's features."""
+    if before.dim() != 3 or after.dim() != 3:
+        return False
+    return same_size(before.shape[2], 1) and same_shape(before.shape[:2], after.shape[:2])
 
 
 def masks_keys(mask: fx.Node, keys: Sequence[Any]) -> bool:

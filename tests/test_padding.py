@@ -70,7 +70,38 @@ class First(nn.Module):
         return {"first": states[:, 0]}
 
 
+class Pooled(nn.Module):
+    """An encoder or a decoder of which one vector a sequence is given, as sentence-transformers makes it."""
+
+    def __init__(self, encoder: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.encoder, self.pooling = encoder, pooling
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"pooled": getattr(self, self.pooling)(states, attention_mask)}
+
+    def cls(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self._taken(states, mask.to(torch.int).argmax(dim=1))
+
+    def last(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        largest, place = mask.flip(1).max(1)
+        place = states.shape[1] - torch.where(largest == 0, states.shape[1] - 1, place) - 1
+        return self._taken(states * mask.unsqueeze(-1).expand_as(states).to(states.dtype), place)
+
+    def max(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        weights = mask.unsqueeze(-1).expand_as(states).to(states.dtype)
+        return states.masked_fill(weights == 0, float("-inf")).max(dim=1).values
+
+    def _taken(self, states: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        index = place.unsqueeze(-1).unsqueeze(1).expand(-1, 1, states.shape[-1])
+        return torch.gather(states, 1, index).squeeze(dim=1)
+
+
 MODELS = {
+    "cls": lambda: Pooled(roberta(), "cls").eval(),
+    "max": lambda: Pooled(roberta(), "max").eval(),
+    "last": lambda: Pooled(models.llama().model.model, "last").eval(),
     "first": lambda: First().eval(),
     "bert": lambda: models.bert().model,
     "minilm": lambda: models.minilm().model,
@@ -197,6 +228,25 @@ def test_a_first_token_alone_is_packed_by_itself() -> None:
         packed = opt.plan.serving([call(mask)[name] for name in opt.plan.inputs]) is opt.plan
         assert packed == (label in ("right", "holes")), label
         assert_exact_on_tokens("first", opt, mask)
+
+
+@pytest.mark.parametrize("family", ["max", "last"])
+def test_other_poolings_are_packed_by_themselves(family: str) -> None:
+    opt = optimized(family, "keep")
+    assert opt.plan.padded is not None
+    for label, mask in MASKS.items():
+        packed = opt.plan.serving([call(mask)[name] for name in opt.plan.inputs]) is opt.plan
+        assert packed == (label not in ("full", "nothing")), label
+        if family != "max" or bool(mask.any(1).all()):  # of nothing the largest is -inf, on either side
+            assert_exact_on_tokens(family, opt, mask)
+
+
+def test_the_first_real_token_is_packed_where_every_sequence_has_it_in_front() -> None:
+    opt = optimized("cls", "keep")
+    for label, mask in MASKS.items():
+        packed = opt.plan.serving([call(mask)[name] for name in opt.plan.inputs]) is opt.plan
+        assert packed == (label in ("right", "holes")), label
+        assert_exact_on_tokens("cls", opt, mask)
 
 
 def test_a_pooling_of_the_first_token_is_packed_where_that_is_real() -> None:

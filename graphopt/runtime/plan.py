@@ -147,7 +147,8 @@ class Padded:
         plan: which keeps the padding.
         mask: name of the input that tells real tokens by what is not zero, (batch, length).
         fullest: the share of real tokens above which this plan is the faster one.
-        first: also where a sequence does not begin with a real token, which the other plan takes for granted.
+        first: also where a sequence does not begin with a token that the mask marks with 1, which the other
+            plan takes for granted.
     """
 
     plan: Plan

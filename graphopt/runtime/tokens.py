@@ -16,7 +16,7 @@ class Tokens:
 
     Args:
         real: how many positions hold a token.
-        firsts: how many sequences begin with one.
+        firsts: how many sequences begin with one that the mask marks with 1.
     """
 
     real: int
@@ -54,5 +54,6 @@ def tokens_of(mask: torch.Tensor) -> Tokens:
 def _count(mask: torch.Tensor) -> Tokens:
     if mask.numel() == 0:
         return Tokens(0, 0)
-    at_position = torch.count_nonzero(mask, 0).flatten().cpu()
-    return Tokens(int(at_position.sum()), int(at_position[0]))
+    real, firsts = torch.count_nonzero(mask), torch.count_nonzero(mask.select(-1, 0) == 1)
+    counted = torch.stack((real, firsts)).cpu()
+    return Tokens(int(counted[0]), int(counted[1]))

@@ -77,13 +77,21 @@ def facts(launch: Launch, capability: tuple[int, int]) -> dict[str, Any]:
 
 
 def by_tma() -> Iterator[tuple[str, Launch]]:
-    """Products as a GPU with a tensor memory accelerator makes them, in the likeliest tiles."""
+    """Products as a GPU with a tensor memory accelerator makes them: the likeliest tiles, and tall ones."""
     for M, N, K in ((128, 2304, 768), (128, 768, 3072), (1024, 3072, 768), (4096, 3072, 768)):
         config = linear_configs(M, N, K, 2, Chip(132, 232448), True, N < K, False)[0]
         x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
         with recorded_launches() as launches:
             products(x, weight, config, bias, "gelu")
         yield f"_linear_tma_kernel, {M}x{K} to {N}", launches[0]
+    M, N, K = 197, 3072, 768
+    x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
+    for config in linear_configs(M, N, K, 2, Chip(132, 232448), True, False, False):
+        if config.tiles["BLOCK_M"] == 128:
+            with recorded_launches() as launches:
+                products(x, weight, config, bias, "gelu")
+            tile = f"128x64x{config.tiles['BLOCK_K']}"
+            yield f"_linear_tma_kernel, {M}x{K} to {N} by {tile}", launches[0]
     M, N, K = 4096, 768, 768
     config = linear_configs(M, N, K, 2, Chip(132, 232448), True, True, False, True)[0]
     x, weight, bias, residual = (torch.randn(size).half() for size in ((M, K), (N, K), (N,), (M, N)))

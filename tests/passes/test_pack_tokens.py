@@ -68,6 +68,89 @@ def test_a_mean_over_tokens_reads_them_unpacked() -> None:
     assert not reads_first(ran.graph)
 
 
+def column(x, mask):
+    return mask.unsqueeze(-1).expand_as(x).to(x.dtype)
+
+
+def multiplied(m, x, mask):
+    return x.relu() * column(x, mask)
+
+
+def by_position(m, x, mask):
+    """Later tokens count more, and padding nothing."""
+    weights = mask.unsqueeze(-1).to(x.dtype) * (torch.arange(x.shape[1]) + 1.5).view(1, -1, 1)
+    return (x.relu() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def largest(m, x, mask):
+    return x.relu().masked_fill(column(x, mask) == 0, -torch.inf).max(1).values
+
+
+def smallest(m, x, mask):
+    return torch.where(mask.to(torch.bool).logical_not().unsqueeze(2), 1e9, x.relu()).amin(1)
+
+
+def shifted(m, x, mask):
+    return torch.where(mask.to(torch.bool).unsqueeze(2), x.relu(), -7.0)
+
+
+def last(m, x, mask):
+    """The last real token of each sequence, zeros where there is none."""
+    largest, place = mask.flip(1).max(1)
+    place = x.shape[1] - 1 - torch.where(largest == 0, x.shape[1] - 1, place)
+    index = place.unsqueeze(-1).unsqueeze(1).expand(-1, 1, x.shape[2])
+    return torch.gather(x.relu() * column(x, mask), 1, index).squeeze(1)
+
+
+@pytest.mark.parametrize("forward", [multiplied, by_position, largest, smallest, shifted, last])
+def test_poolings_that_read_real_tokens_only(forward) -> None:
+    ran = run(PASS, program(forward), X, MASK).counts(pack_tokens=1, unpack_tokens=1)
+    assert not reads_first(ran.graph)
+    for mask in (HOLES, MASK.flip(1), torch.ones_like(MASK), 3 * MASK):
+        ran.agrees(randn(2, 5, 8, seed=1), mask)
+
+
+def first_real(m, x, mask):
+    heads = x.view(2, 5, 2, 4).transpose(1, 2)
+    seen = mask.to(torch.bool)[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen)
+    states = out.transpose(1, 2).reshape(2, 5, 8).relu()
+    index = mask.to(torch.int).argmax(dim=1).unsqueeze(-1).unsqueeze(1).expand(-1, 1, 8)
+    return torch.gather(states, 1, index).squeeze(1)
+
+
+def test_the_first_real_token_is_read_under_a_guard() -> None:
+    from graphopt.passes.default import pipeline
+
+    ran = run([*pipeline(), PASS], program(first_real), X, MASK)
+    ran.counts(pack_tokens=1)
+    assert reads_first(ran.graph)  # where there is none, the first of zeros is padding
+    ran.agrees(X, torch.tensor([[1, 0, 1, 1, 0], [1] * 5])).agrees(X, 5 * MASK - 4 * (MASK.cumsum(1) == 1))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x, mask: x.relu().masked_fill(
+            mask.to(torch.bool).unsqueeze(2), 0.0
+        ),  # what is padded stays
+        lambda m, x, mask: torch.where(mask.unsqueeze(2) == 1, 0.0, x.relu()),
+        lambda m, x, mask: x.relu() * mask[:, 0, None, None],  # one for all tokens
+        lambda m, x, mask: x.relu() * x[:, :, :1],
+        lambda m, x, mask: torch.gather(x.relu(), 1, mask.argmin(1).view(2, 1, 1).expand(-1, 1, 8)),
+    ],
+)
+def test_what_may_read_padding_is_left_alone(forward) -> None:
+    run(PASS, program(forward), X, MASK).counts(pack_tokens=0)
+
+
+def test_scores_of_as_many_heads_as_tokens_are_no_tokens() -> None:
+    def forward(m, x, mask):
+        return x.relu().masked_fill(mask[:, None, None, :] == 0, -1e4)
+
+    run(PASS, program(forward), randn(2, 5, 4, 5), MASK).counts(pack_tokens=0)
+
+
 def test_two_readers_share_the_packed_tokens() -> None:
     def forward(m, x, mask):
         seen = mask.to(torch.bool).unsqueeze(2)
