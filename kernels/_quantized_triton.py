@@ -109,7 +109,8 @@ def quantized_product(
     """The launcher of ``quantized_linear``: its arguments and result."""
     x_MK = as_rows(x)
     (M, K), N = x_MK.shape, weight.shape[0]
-    scale, bias, zero_point = (v if v is None else v.contiguous() for v in (scale, bias, zero_point))
+    scale = scale.contiguous()
+    bias, zero_point = (v if v is None else v.contiguous() for v in (bias, zero_point))
     together, offset = weight.stride(1) == 1, zero_point is not None
     chip = Chip(processors(x.device), shared_memory(x.device))
     candidates = quantized_configs(M, N, K, x.element_size(), chip)
