@@ -5,7 +5,8 @@ checks of a model that did not change fail? On an idle one, how many checks find
 is written once, on the machine as it is; then processes of their own check the model against it, each many
 times: what differs between processes (where memory lies, where threads land) is in the numbers. What is
 repeated is the part that can be wrong: the rounds and the judgement, at the default budgets. The rest of a
-check is the same every time, and is run whole, from nothing and from the cache, to be timed.
+check is the same every time, and is run whole, from nothing and from the cache, to be timed. Two hundred
+checks take two hours: with ``--journal`` a run that was interrupted goes on where it was, against its lock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -62,11 +64,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--whole", type=int, default=3, help="whole checks, from nothing and from the cache")
     parser.add_argument("--processes", type=int, default=5, help="that share the checks of an experiment")
     parser.add_argument("--seconds", type=float, default=Budgets().seconds, help="the budget of that name")
+    parser.add_argument("--journal", type=Path, help="folder for the lock, and for verdicts as they come")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     given = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        lock = Path(folder) / lockfile.NAME
-        _run("-m", "graphopt", "lock", SPEC, "--lock", str(lock), "--seconds", str(given.seconds), "-q")
+    with contextlib.ExitStack() as stack:
+        folder = given.journal or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / lockfile.NAME
+        if not lock.exists():
+            _run("-m", "graphopt", "lock", SPEC, "--lock", str(lock), "--seconds", str(given.seconds), "-q")
         rows = [_whole(lock, given.whole)] if given.whole else []
         if given.slow:
             rows.append(_experiment("10 % slower, idle", lock, given.slow, given, slower=SLOWER))
@@ -97,12 +103,13 @@ def _experiment(
     case: str, lock: Path, checks: int, given: argparse.Namespace, slower: float = 1.0
 ) -> dict[str, Any]:
     """So many checks, shared by processes; a row with what they said."""
-    told: list[dict[str, Any]] = []
-    start, processes = time.perf_counter(), min(given.processes, checks)
-    for index in range(processes):
-        share = len(range(index, checks, processes))
-        out = _run("-m", "bench.gate", str(lock), str(share), str(slower), str(given.seconds))
-        told += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    journal = lock.with_name(re.sub(r"\W+", "-", case) + ".jsonl")
+    share = -(-checks // given.processes)
+    while len(told := _told(journal)) < checks:
+        count = min(share, checks - len(told))
+        with journal.open("a") as verdicts:
+            _run("-m", "bench.gate", str(lock), str(count), str(slower), str(given.seconds), to=verdicts)
+    told = told[:checks]
     counts = Counter(row["verdict"] for row in told)
     ratios, to_baseline = ([row[name] for row in told] for name in ("ratio", "to_baseline"))
     return {
@@ -120,9 +127,15 @@ def _experiment(
         "to_baseline_range": [round(min(to_baseline), 4), round(max(to_baseline), 4)],
         "rounds": statistics.median(row["rounds"] for row in told),
         "waiting": statistics.median(row["waiting"] or 0.0 for row in told),
-        "seconds_a_check": round((time.perf_counter() - start) / len(told), 1),
-        "processes": processes,
+        "seconds_a_check": round(statistics.median(row["seconds"] for row in told), 1),
+        "processes": len({row["process"] for row in told}),
     }
+
+
+def _told(journal: Path) -> list[dict[str, Any]]:
+    """The verdicts so far; what an interrupted process left of its last one is passed over."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def _doubt(message: str) -> str:
@@ -148,6 +161,7 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
     limits = limits_of(entry["facts"], examined.facts, budgets, sides)
     side, _ = limits["slowdown"]
     for _ in range(count):
+        start = time.perf_counter()
         rounds = latency.measure(sides, [*limits.values()], seconds, clock=clock_of(device))
         findings = [*speed(entry["facts"], examined.facts, rounds, budgets)]
         statuses = {found.status for found in findings}
@@ -162,6 +176,8 @@ def _check_often(lock: Path, count: int, slower: float, seconds: float) -> None:
             "to_baseline": rounds.ratio().middle,
             "rounds": rounds.count,
             "waiting": rounds.waiting,
+            "seconds": time.perf_counter() - start,
+            "process": os.getpid(),
         }
         print(json.dumps(row), flush=True)
 
@@ -209,11 +225,10 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments: str, to: TextIO | None = None) -> None:
+    """Run a process of this Python; what it prints goes to a file, if anywhere."""
     command = [sys.executable, *arguments]
-    return subprocess.run(
-        command, cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    subprocess.run(command, cwd=_ROOT, env=_environment(), stdout=to or subprocess.DEVNULL, check=True)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

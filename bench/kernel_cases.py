@@ -45,6 +45,11 @@ class Case:
         """The same in plain torch."""
         return _ATEN[self.kernel][0] if self.kernel in _ATEN else OPS[self.kernel].reference
 
+    def reads_back(self, args: tuple[Any, ...]) -> str | None:
+        """Why plain torch cannot be captured: it reads values on the host. None where it can."""
+        reads = None if self.kernel in _ATEN else OPS[self.kernel].reads_back
+        return None if reads is None else reads(*args)
+
     def cost(self, args: tuple[Any, ...]) -> Cost:
         """What the call must move at least; for ATen's, each input and the result once."""
         if self.kernel in _ATEN:

@@ -14,7 +14,7 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
 def products() -> Iterator[Case]:
-    """All of them: BERT-base, ViT-B/16 and ResNet-50, and the gated block of a small language model."""
+    """All of them: BERT-base, ViT-B/16, ResNet-50; gated blocks of a small language model and of Mixtral."""
     yield Case("linear_activation", "1x2048 to 1000", _linear(1, 2048, 1000, "none"))
     yield Case("linear_add_layer_norm", "1x3072 to 768", _normed(1, 3072, 768))
     for rows in (128, 1024, 4096, 64 * 197):
@@ -36,6 +36,9 @@ def products() -> Iterator[Case]:
             yield Case("block_quantized_linear", shape, _blocks(rows, 4096, 4096, bits))
     for rows in (16, 128, 4096):
         yield Case("gated_mlp", f"{rows}x2048 to 5632", _gated(rows, 2048, 5632))
+    for rows in (256, 8192):
+        yield Case("grouped_gated_mlp", f"{rows}x4096 to 14336, 8 experts", _experts(rows, 4096, 14336))
+    yield Case("grouped_gated_mlp", "8x32x2048 to 5632", _experts(256, 2048, 5632, of_each=True))
     for batch, length, masked in ((1, 128, False), (8, 128, True), (32, 512, True), (64, 197, False)):
         shape = f"{batch}x{length}, 12 heads of 64" + ", key padding" * masked
         yield Case("attention", shape, _attention(batch, length, masked, False))
@@ -101,6 +104,20 @@ def _gated(rows: int, depth: int, features: int) -> Make:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         draw = _drawn(device, dtype)
         return draw(rows, depth), *(draw(features, depth) / depth**0.5 for _ in range(2))
+
+    return make
+
+
+def _experts(rows: int, depth: int, features: int, of_each: bool = False) -> Make:
+    """Eight experts, whose weights lie as Mixtral's do; the rows are shared out unevenly, or alike."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = _drawn(device, dtype)
+        weight = (draw(8, 2 * features, depth) / depth**0.5).mT
+        if of_each:
+            return draw(8, rows // 8, depth), weight
+        ends = torch.tensor([5, 7, 12, 14, 17, 24, 30, 32], device=device)  # in 32nds of the rows
+        return draw(rows, depth), weight, (ends * (rows // 32)).int()
 
     return make
 

@@ -16,6 +16,7 @@ MANY_ROWS = 4096  # from which on a product has several rounds of tiles, and cuB
 RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
 DEEPEST = 384  # no part of the depth is cut to less
 MOST_PARTS = 8
+AMPERES = 163 * 1024  # bytes of shared memory, the most of a GPU before sm_90
 BY_CUBLAS = Config({"CUBLAS": 1})  # the product is cuBLAS's, and a kernel here finishes it
 
 
@@ -118,7 +119,7 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     if not tma:
         return by_pointer
     stages = 6 if parts == 1 else 4
-    by_tma = (
+    by_tma: tuple[Config, ...] = (
         tma_tiles(m, 64, 128, 4, stages, parts, tma=EACH),
         tma_tiles(m, 64, 128, 4, stages, parts),  # the same programs, compiled as a loop over tiles
         tma_tiles(m, 64, 256, 4, 3, parts, tma=EACH),
@@ -196,6 +197,26 @@ def gated_configs(M: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
         for *cut, warps, stages in (*(few if M <= FEW_ROWS else many), *small)
     ]
     return tuple(config for config in found if _shared(config, itemsize, weights=2) <= chip.shared)
+
+
+@functools.lru_cache(maxsize=1024)
+def grouped_configs(rows: int, experts: int, itemsize: int, chip: Chip) -> tuple[Config, ...]:
+    """How two products of each expert's rows may be cut up, the likeliest first.
+
+    Tiles high enough for twice an expert's share come first: a second row tile of an expert has the first
+    one's weights from L2, but none costs nothing. Before sm_90, where factors pass through registers, two
+    sums of 128x128 leave none for them: ptxas puts 3.7 KB a thread into memory (Triton 3.6, sm_80).
+
+    Args:
+        rows: of all experts together.
+        experts: that share them.
+        itemsize: bytes of an element.
+        chip: what the tiles must fit.
+    """
+    share = -(-rows // max(experts, 1))
+    likely, lower = (gated_configs(height, itemsize, chip) for height in (2 * share, share))
+    found = *likely, *(config for config in lower if config not in likely)
+    return tuple(c for c in found if chip.shared > AMPERES or c.tiles["BLOCK_M"] * c.tiles["BLOCK_N"] < 2**14)
 
 
 def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = False) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.kernels._activations_triton import activate, gelu_to_half
-from graphopt.kernels._triton import jit, tl
+from graphopt.kernels._triton import dot, jit, tl
 
 
 @jit
@@ -34,6 +34,39 @@ def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.const
             is_pure=False,
             pack=1,
         )
+
+
+@jit
+def gated_sums(  # type: ignore[no-untyped-def]
+    x_ptrs,
+    gate_ptrs,
+    up_ptrs,
+    K,
+    stride_gk,
+    stride_uk,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of the products of rows with two weights, in float32, from pointers to the start of K."""
+    ks = tl.arange(0, BLOCK_K)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, gate_weight, up_weight = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
+        else:
+            left = k + ks < K
+            x = tl.load(x_ptrs, mask=left[None, :], other=0.0)
+            gate_weight = tl.load(gate_ptrs, mask=left[:, None], other=0.0)
+            up_weight = tl.load(up_ptrs, mask=left[:, None], other=0.0)
+        gate = dot(x, gate_weight, gate)
+        up = dot(x, up_weight, up)
+        x_ptrs += BLOCK_K
+        gate_ptrs += BLOCK_K * stride_gk
+        up_ptrs += BLOCK_K * stride_uk
+    return gate, up
 
 
 @jit

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._linear_configs import FEW_ROWS, Chip, gated_configs
-from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
+from graphopt.kernels._linear_tile import epilogue, gated_sums, prefetch_weights, tile_of, with_bias
 from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import nbytes, require, require_floating, shape_of
 from graphopt.kernels._triton import (
     as_rows,
-    dot,
     jit,
     launch,
     processors,
@@ -166,21 +165,9 @@ def _gated_mlp_kernel(  # type: ignore[no-untyped-def]
     x_ptrs = x_ptr + row * stride_xm + ks[None, :]
     gate_ptrs = gate_ptr + column * stride_gn + ks[:, None] * stride_gk
     up_ptrs = up_ptr + column * stride_un + ks[:, None] * stride_uk
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x, gate_weight, up_weight = tl.load(x_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
-        else:
-            left = k + ks < K
-            x = tl.load(x_ptrs, mask=left[None, :], other=0.0)
-            gate_weight = tl.load(gate_ptrs, mask=left[:, None], other=0.0)
-            up_weight = tl.load(up_ptrs, mask=left[:, None], other=0.0)
-        gate = dot(x, gate_weight, gate)
-        up = dot(x, up_weight, up)
-        x_ptrs += BLOCK_K
-        gate_ptrs += BLOCK_K * stride_gk
-        up_ptrs += BLOCK_K * stride_uk
+    gate, up = gated_sums(
+        x_ptrs, gate_ptrs, up_ptrs, K, stride_gk, stride_uk, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     gate = epilogue(with_bias(gate, gate_bias_ptr, columns, N), 1.0, ACTIVATION)
     out = gate * with_bias(up, up_bias_ptr, columns, N)
     inside = (rows < M)[:, None] & (columns < N)[None, :]

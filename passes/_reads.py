@@ -161,17 +161,19 @@ def _attended(graph: Graph, node: fx.Node) -> Read | None:
     """One query's keys and values, of which the mask leaves only real tokens: an empty sequence has none."""
     if node.target is not ATTENTION.overload or not same_size(node.meta["val"].shape[1], 1):
         return None
-    by, fill, key = argument(node, "mask"), argument(node, "fill"), node.args[1]
+    by, fill = argument(node, "mask"), argument(node, "fill")
+    key: Any = node.args[1]
     if by is None or by.meta["val"].dtype != torch.bool or argument(node, "is_causal"):
         return None
     swallowed = fill is None or fill <= SWALLOWS
-    mask = token_mask(by) if swallowed and masks_keys(by, key.meta["val"].shape) else None  # type: ignore[union-attr]
+    mask = token_mask(by) if swallowed and masks_keys(by, key.meta["val"].shape) else None
     return None if mask is None else Read(node.args[1:3], by, mask, guarded=True)  # type: ignore[arg-type]
 
 
 def _holds_tokens(x: Any) -> bool:
     """True for what a layer computes for each token."""
-    return x.op == "call_function" and x.meta["val"].dim() == 3 and x.meta["val"].is_floating_point()
+    value = x.meta["val"]
+    return bool(x.op == "call_function" and value.dim() == 3 and value.is_floating_point())
 
 
 def between(mask: fx.Node, by: fx.Node) -> set[fx.Node]:

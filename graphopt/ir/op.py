@@ -92,6 +92,9 @@ class Op:
         samples: inputs for the generic tests.
         bad_samples: inputs that must be refused.
         triton: the Triton kernels, and what they cannot take; None where there are none.
+        reads_back: the same arguments, fake tensors will do; why the reference reads values of these on the
+            host, so that no CUDA graph can hold it and no compiler trace it, in words for a remark, or None.
+            None instead of a function where it never does.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Op:
     samples: Callable[[], Iterable[Sample]]
     bad_samples: Callable[[], Iterable[BadSample]]
     triton: TritonFace | None = None
+    reads_back: Callable[..., str | None] | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:

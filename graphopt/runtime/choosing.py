@@ -143,7 +143,7 @@ class Choosing:
             try:
                 copies = _copies(node, args) if self._timed else [args]
                 tried = ways if self._timed else self._likeliest_first(op_name(node), sizes, ways)
-                right = self._right(node, tried, copies, kwargs, refused)
+                right = _held_by_graphs(self._right(node, tried, copies, kwargs, refused), refused)
                 best = right[0]
                 if len(right) > 1:
                     us = self._times(node, right, copies, kwargs)
@@ -156,12 +156,15 @@ class Choosing:
     def _likeliest_first(
         self, op: str, sizes: tuple[int, ...], ways: Sequence[Implementation]
     ) -> list[Implementation]:
-        """The ways, that one first which was measured to be the best for the op at the most similar sizes."""
+        """The ways, that one first which was measured to be the best for the op at the most similar sizes.
+
+        One that no CUDA graph can hold stays behind all others.
+        """
         measured = [row for row in self._decisions.values() if row.op == op and row.us]
         if not measured:
             return list(ways)
         nearest = max(measured, key=lambda row: _likeness(row.sizes, sizes))
-        return sorted(ways, key=lambda way: way.name != nearest.chosen.name)
+        return sorted(ways, key=lambda way: (way.reads_back is not None, way.name != nearest.chosen.name))
 
     def _right(
         self,
@@ -224,6 +227,14 @@ class Choosing:
         with prefetched_weights(_weights(node, copies)):
             times = (self._timer or interleaved)(thunks)
         return {way.name: time / calls for way, time in zip(ways, times, strict=True)}
+
+
+def _held_by_graphs(ways: list[Implementation], refused: dict[str, str]) -> list[Implementation]:
+    """Those of the ways that a CUDA graph can hold, the others being refused; all where it can hold none."""
+    held = [way for way in ways if way.reads_back is None]
+    if held:
+        refused |= {way.name: way.reads_back for way in ways if way.reads_back is not None}
+    return held or ways
 
 
 def _rotating(

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from graphopt.compiler.evaluate import concrete
 from graphopt.errors import said
 from graphopt.ir.op import TritonFace, op_of
 from graphopt.kernels import (
@@ -23,6 +26,7 @@ from graphopt.kernels import (
 from graphopt.kernels._activations import TORCH
 from graphopt.kernels._aten import triton_face
 from graphopt.kernels._conv_triton import convolve_as_product, is_product
+from graphopt.kernels.grouped_gated_mlp import has_grouped_product
 
 aten = torch.ops.aten
 
@@ -37,10 +41,12 @@ class Implementation:
         name: "triton", "triton product", "cublaslt", "cublas + triton", "cudnn", "flash", "efficient",
             "aten".
         run: takes what the node's target takes.
+        reads_back: why no CUDA graph can hold it: it reads values on the host. None where one can.
     """
 
     name: str
     run: Run
+    reads_back: str | None = None
 
 
 def implementations(
@@ -69,8 +75,57 @@ def implementations(
     if not empty:
         ways += [Implementation(name, run) for name, run in _library(target, args, kwargs)]
     op = op_of(target)
-    ways.append(Implementation("aten", target if op is None else op.reference))
+    run = target if op is None else op.reference
+    ways.append(Implementation("aten", run, _why_read_back(target, args, kwargs)))
     return ways, refused
+
+
+def untraceable(node: fx.Node, device: torch.device) -> str | None:
+    """Why no compiler can trace what one of graphopt's ops stands for, in words, or None.
+
+    Args:
+        node: a call.
+        device: that it is to run on.
+    """
+    op = op_of(node.target)
+    if op is None or op.reads_back is None:
+        return None
+    with FakeTensorMode():
+        args, kwargs = _without_data(node, device)
+        return op.reads_back(*args, **kwargs)
+
+
+def reads_back(node: fx.Node, device: torch.device) -> str | None:
+    """Why a call reads values on the host, whatever runs it; arguments as above."""
+    op = op_of(node.target)
+    if not (_is_grouped_product(node.target) if op is None else op.reads_back):
+        return None
+    with FakeTensorMode():
+        ways, _ = implementations(node.target, *_without_data(node, device))
+    return ways[-1].reads_back if all(way.reads_back for way in ways) else None
+
+
+def _without_data(node: fx.Node, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments as fake tensors; sizes that vary count as they were captured, so none is guarded."""
+    found: Any = fx.map_arg((node.args, node.kwargs), lambda n: concrete(n.meta["val"], str(device)))
+    return found  # type: ignore[no-any-return]
+
+
+def _why_read_back(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    op = op_of(target)
+    if op is not None:
+        return None if op.reads_back is None else op.reads_back(*args, **kwargs)
+    if not _is_grouped_product(target):
+        return None
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    if offsets is None or (target is aten._grouped_mm.default and has_grouped_product(*args[:2])):
+        return None
+    return f"in {args[0].dtype} a product of rows in groups reads their ends on the host"
+
+
+def _is_grouped_product(target: Any) -> bool:
+    """Whether it is a product of rows in groups: PyTorch's, or that of transformers, where it is imported."""
+    return target is aten._grouped_mm.default or str(target) == "transformers.grouped_mm_fallback.default"
 
 
 def _refusal(face: TritonFace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

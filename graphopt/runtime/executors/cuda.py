@@ -26,6 +26,7 @@ from graphopt.kernels._triton import OLDEST, capability, prefetched_weights
 from graphopt.runtime.choosing import Choosing
 from graphopt.runtime.executors._protocol import KernelTime, Note
 from graphopt.runtime.graphed import GRAPHS, Graphed
+from graphopt.runtime.implementations import reads_back
 from graphopt.runtime.joining import joined
 from graphopt.runtime.region import Region
 from graphopt.runtime.scheduling.branches import arranged
@@ -282,4 +283,5 @@ def uncapturable(node: fx.Node, device: torch.device) -> str | None:
         return f"{op_name(node)} waits for the GPU to see whether it failed"
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return f"{op_name(node)} draws random numbers"
-    return None
+    reason = reads_back(node, device)
+    return None if reason is None else f"{op_name(node)} waits for the GPU: {reason}"

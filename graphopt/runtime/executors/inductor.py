@@ -15,11 +15,12 @@ import torch
 from torch import fx
 
 from graphopt.errors import LoweringError, said
-from graphopt.ir.graph import is_getitem, is_symbolic
+from graphopt.ir.graph import is_getitem, is_symbolic, op_name
 from graphopt.ir.op import op_of
 from graphopt.runtime.executors._protocol import KernelTime, Note
 from graphopt.runtime.executors.cuda import computing, graphless, uncapturable
 from graphopt.runtime.graphed import Graphed
+from graphopt.runtime.implementations import untraceable
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
@@ -90,13 +91,14 @@ class Inductor:
     name = "inductor"
 
     def supports(self, node: fx.Node, target: Target) -> str | None:
-        """Why Inductor cannot take a node: complex values, which it hands back to ATen."""
+        """Why Inductor cannot take a node: of complex values, or with a reference that it cannot trace."""
         if is_getitem(node) or is_symbolic(node):
             return None
         values = [node, *node.all_input_nodes]
         if any(getattr(n.meta["val"], "dtype", torch.float32).is_complex for n in values):
             return "Inductor generates no code for complex values"
-        return None
+        reason = untraceable(node, target.device)
+        return None if reason is None else f"Inductor cannot trace {op_name(node)}: {reason}"
 
     def compile(self, region: Region, target: Target, effort: str) -> InductorProgram:
         """Compile a region; takes tens of seconds for a model of a hundred million weights.
