@@ -27,6 +27,13 @@ def products() -> Iterator[Case]:
             yield Case("quantize_rows", f"{rows}x{depth}", _rows(rows, depth))
         yield Case("float8_linear", f"{rows}x768 to 3072, GELU", _float8(rows, 768, 3072, "gelu"))
         yield Case("float8_linear", f"{rows}x3072 to 768", _float8(rows, 3072, 768, "none"))
+    for rows in (1, 16, 128, 4096):
+        yield Case("quantized_linear", f"{rows}x4096 to 4096", _quantized(rows, 4096, 4096))
+    yield Case("quantized_linear", "16x768 to 3072, zero points", _quantized(16, 768, 3072, offset=True))
+    for bits in (4, 8):
+        for rows in (1, 16, 512):
+            shape = f"{rows}x4096 to 4096, {bits} bits"
+            yield Case("block_quantized_linear", shape, _blocks(rows, 4096, 4096, bits))
     for rows in (16, 128, 4096):
         yield Case("gated_mlp", f"{rows}x2048 to 5632", _gated(rows, 2048, 5632))
     for rows in (256, 8192):
@@ -63,6 +70,25 @@ def _float8(rows: int, depth: int, features: int, activation: str) -> Make:
         weight, scale = QUANTIZE_ROWS(draw(features, depth) / depth**0.5)
         x = QUANTIZE_ROWS(draw(rows, depth))
         return *x, weight, scale.squeeze(1), dtype, draw(features), activation
+
+    return make
+
+
+def _quantized(rows: int, depth: int, features: int, offset: bool = False) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw = _drawn(device, dtype)
+        weight = torch.randint(-127, 128, (features, depth), dtype=torch.int8, device=device)
+        zero = torch.randint(-20, 20, (features,), dtype=torch.int8, device=device) if offset else None
+        return draw(rows, depth), weight, draw(features).abs() / 127, draw(features), zero
+
+    return make
+
+
+def _blocks(rows: int, depth: int, features: int, bits: int) -> Make:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        draw, size = _drawn(device, dtype), (features, depth // 32, 4 * bits)
+        weight = torch.randint(256, size, dtype=torch.uint8, device=device)
+        return draw(rows, depth), weight, draw(*size[:2]) / 2**bits, bits, draw(features)
 
     return make
 

@@ -108,8 +108,8 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
     """
     m = 64 if M > 32 else 32 if M > 16 else 16
     worth = then_summed or K >= 2048  # else the kernel that adds up takes longer than it saves
-    parts = _parts(-(-M // m) * -(-N // 64), K, chip) if worth else 1
-    narrow = _parts(-(-M // m) * -(-N // 32), K, chip) if worth else 1
+    parts = parts_of_depth(-(-M // m) * -(-N // 64), K, chip) if worth else 1
+    narrow = parts_of_depth(-(-M // m) * -(-N // 32), K, chip) if worth else 1
     by_pointer = (
         tiles(m, 64, 128, 4, 4, parts),
         tiles(m, 32, 128, 4, 4, narrow),
@@ -127,12 +127,12 @@ def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) 
         tma_tiles(m, 64, 128, 4, 10 - stages, parts, tma=EACH),
     )
     if M > 128:  # where tiles of 64 rows are more than the processors, those of 128 may be one round
-        tall = _parts(-(-M // 128) * -(-N // 64), K, chip) if worth else 1
+        tall = parts_of_depth(-(-M // 128) * -(-N // 64), K, chip) if worth else 1
         by_tma += tma_tiles(128, 64, 128, 4, 3, tall, tma=EACH), tma_tiles(128, 64, 64, 8, 5, tall, tma=EACH)
     return by_tma + by_pointer[:2]
 
 
-def _parts(whole: int, K: int, chip: Chip) -> int:
+def parts_of_depth(whole: int, K: int, chip: Chip) -> int:
     """Parts of the depth so that as many programs as processors have work, and each enough of it."""
     wanted = min(chip.processors // max(whole, 1), K // DEEPEST, MOST_PARTS)
     return 1 << max(wanted, 1).bit_length() - 1

@@ -18,11 +18,12 @@ def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 @jit
 def prefetch_weights(weight_ptr, rows, stride_wn, first, last, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ask for rows of weights to be brought into L2, a cache line of 64 elements of two bytes at a time.
+    """Ask for rows of weights to be brought into L2, a cache line of 128 bytes at a time.
 
     They are on their way while the kernel ahead still runs, and nobody's registers wait for them.
     """
-    lines = tl.arange(0, (BLOCK_K + 63) // 64) * 64
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.arange(0, (BLOCK_K + LINE - 1) // LINE) * LINE
     row_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_wn
     for k in range(first, last, BLOCK_K):
         tl.inline_asm_elementwise(

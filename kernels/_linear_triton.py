@@ -213,13 +213,39 @@ def project(
         out = products(x_MK, weight, config, bias_N, activation, parameter, residual_MN)
     else:
         partial = products(x_MK, weight, config)
-        out = x.new_empty(M, N)
-        block = min(power_of_two(N), 1024)
-        stride = 0 if residual_MN is None else residual_MN.stride(0)
-        args = out, partial, bias_N, residual_MN, M, N, stride, parameter
-        cut = {"SPLITS": config.tiles.get("SPLITS", 1), "BLOCK_N": block}
-        launch(_split_sum_kernel, (M, triton.cdiv(N, block)), *args, ACTIVATION=activation, **cut)
+        out = summed(partial, x.new_empty(M, N), bias_N, activation, parameter, residual_MN)
     return out.view(*x.shape[:-1], N)
+
+
+def summed(
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    parameter: float = 1.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Products that were cut along their depth, added up and finished.
+
+    Args:
+        partial: (parts, M, N), float32; or (M, N), of whole products.
+        out: (M, N), written to.
+        bias: as ``products`` takes them, and all that follow.
+        activation: of the sums.
+        parameter: of the activation.
+        residual: added last.
+
+    Returns:
+        ``out``.
+    """
+    M, N = out.shape
+    parts = partial.shape[0] if partial.dim() == 3 else 1
+    block = min(power_of_two(N), 1024)
+    stride = 0 if residual is None else residual.stride(0)
+    args = out, partial, bias, residual, M, N, stride, parameter
+    cut = {"SPLITS": parts, "BLOCK_N": block}
+    launch(_split_sum_kernel, (M, triton.cdiv(N, block)), *args, ACTIVATION=activation, **cut)
+    return out
 
 
 def chosen(

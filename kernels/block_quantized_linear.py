@@ -9,6 +9,8 @@ reading them. With ``rounds_input`` x is rounded to 8 bits as it comes, and bloc
 
     step = max|x of the block| / 127, codes = round(x / step)
 
+On a GPU nothing is gained by that: x stays as it is there.
+
 The layout is that of ONNX Runtime's MatMulNBits: two codes a byte where there are 4 bits, the first in the
 low half; the last block of a row is filled up.
 
@@ -24,9 +26,11 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from graphopt.ir.op import BadSample, Cost, Op, Sample, register
+from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._block_quantized_triton import block_quantized_product
+from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, emit, linear, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
@@ -150,6 +154,20 @@ def _cost(
     return product_cost(x, (weight.shape[0], x.shape[-1]), weight, scale, bias)
 
 
+def _refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    *,
+    rounds_input: bool = False,
+    activation: str = "none",
+    parameter: float = 1.0,
+) -> str | None:
+    return refuse_product(x, weight, scale, bias)
+
+
 # Whether one node takes the packed weight; ONNX's own operators have to unpack it first.
 _TAKES_BLOCKS: dict[Tuning, bool] = {"any": True, "portable": False}
 _INTEGERS = 4  # MatMulNBits' accuracy level of products in 8 bits; 1 is float32
@@ -251,4 +269,7 @@ def _bad_samples() -> Iterator[BadSample]:
     yield BadSample((x, weight, scale, 4), {"activation": "swish"}, match="activation is one of")
 
 
-OP = register(Op("block_quantized_linear", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples))
+TRITON = TritonFace(block_quantized_product, _refuses)
+OP = register(
+    Op("block_quantized_linear", SCHEMA, _shape, _reference, _cost, _onnx, _samples, _bad_samples, TRITON)
+)

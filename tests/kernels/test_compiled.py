@@ -63,7 +63,7 @@ def test_nothing_recorded_spills_or_starves(name: str) -> None:
     Of products one is enough: it fills the tensor cores by itself.
     """
     was = RECORDED[name]
-    products = "_linear", "_gated_mlp", "_grouped_gated_mlp", "_conv_kernel", "_float8"
+    products = "_linear", "_gated_mlp", "_grouped_gated_mlp", "_conv_kernel", "_float8", "_quantized"
     programs = 1 if name.startswith(products) else 2
     assert was["local"] == 0
     assert programs * was["threads"] * was["registers"] <= 65536
