@@ -12,17 +12,15 @@ from __future__ import annotations
 import torch
 
 from graphopt.kernels._codes_triton import nibbles, widened
-from graphopt.kernels._linear_configs import FEW_ROWS, Chip
+from graphopt.kernels._linear_configs import FEW_ROWS, chip_of
 from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
-from graphopt.kernels._linear_triton import PREFETCHED, summed
+from graphopt.kernels._linear_triton import PREFETCHED, room_for, summed
 from graphopt.kernels._quantized_configs import PIECE, block_configs
 from graphopt.kernels._triton import (
     as_rows,
     dot,
     jit,
     launch,
-    processors,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -128,14 +126,13 @@ def block_quantized_product(
     bias = None if bias is None else bias.contiguous()
     block = width * 8 // bits
     piece = min(block, PIECE)
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     candidates = block_configs(M, N, K, piece, bits, x.element_size(), chip)
     config = choose(
         _block_quantized_kernel, x.device, (M, N, K, x.dtype, bits, block, activation), candidates
     )
     m, n, pieces, splits = (config.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES", "SPLITS"))
-    out = x.new_empty(M, N)
-    made = out if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
+    made = room_for(x, M, N, splits)
     launch(
         _block_quantized_kernel,
         (triton.cdiv(M, m) * triton.cdiv(N, n), splits),
@@ -149,5 +146,5 @@ def block_quantized_product(
         PREFETCH=M <= FEW_ROWS and weight.nbytes <= PREFETCHED,
         **config.options,
     )
-    out = out if splits == 1 else summed(made, out, bias, activation, parameter)
+    out = made if splits == 1 else summed(made, x.new_empty(M, N), bias, activation, parameter)
     return out.view(*x.shape[:-1], N)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._linear_configs import Chip
+from graphopt.kernels._linear_configs import Chip, chip_of
 from graphopt.kernels._linear_tile import epilogue, prefetch_weights, tile_of, with_bias
 from graphopt.kernels._linear_triton import project, refuse_product, sum_splits
 from graphopt.kernels._rows import power_of_two
@@ -30,8 +30,6 @@ from graphopt.kernels._triton import (
     dot,
     jit,
     launch,
-    processors,
-    shared_memory,
     tl,
     wait_for_all,
     wait_for_inputs,
@@ -180,7 +178,7 @@ def convolve(
     pixels, run = batch * out_height * out_width, kernel[1] * channels
     out = x.new_empty(sizes)
     key = *sizes, *x.shape[1:], *kernel, step_h, step_w, x.dtype, residual is not None
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     candidates = conv_configs(pixels, features, run, kernel[0], x.element_size(), chip)
     config = choose(_conv_kernel, x.device, key, candidates)
     splits, block = config.tiles["SPLITS"], config.tiles["BLOCK_K"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._linear_configs import EACH, RESIDENT, Chip, loss_configs
+from graphopt.kernels._linear_configs import EACH, RESIDENT, chip_of, loss_configs
 from graphopt.kernels._linear_tile import tile_of, tile_sums, with_bias
 from graphopt.kernels._linear_triton import described, takes_tma
 from graphopt.kernels._rows import power_of_two
@@ -24,13 +24,12 @@ from graphopt.kernels._triton import (
     jit,
     launch,
     processors,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
     wait_for_inputs,
 )
-from graphopt.kernels._tuning import Config, choose
+from graphopt.kernels._tuning import Config, choose, distinct
 
 SUMMED = 4096  # losses that the last kernel's one program adds at a time
 
@@ -285,7 +284,7 @@ def _products(
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
     kernel = _linear_cross_entropy_tma_kernel if tma else _linear_cross_entropy_kernel
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     whole = weight.stride(1) == 1 and not (x.stride(0) % 16 or weight.stride(0) % 16)
     key = M, N, K, x.dtype, weight.stride(1) == 1, whole, tma
     config = choose(kernel, x.device, key, loss_configs(M, N, x.element_size(), chip, tma, whole))
@@ -313,4 +312,4 @@ def _row_configs(rows: int, parts: int) -> tuple[Config, ...]:
     shapes = (16, 128, 4), (8, 256, 4), (32, 64, 4), (8, 128, 4), (4, 256, 4)
     most, longest = power_of_two(rows), power_of_two(parts)
     found = [Config({"BLOCK_R": min(r, most), "BLOCK_P": min(p, longest)}, warps) for r, p, warps in shapes]
-    return tuple(config for place, config in enumerate(found) if config not in found[:place])
+    return distinct(found)

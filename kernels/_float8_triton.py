@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from graphopt.kernels._float8_configs import float8_configs
-from graphopt.kernels._linear_configs import EACH, Chip
+from graphopt.kernels._linear_configs import EACH, chip_of
 from graphopt.kernels._linear_tile import epilogue, tile_of, with_bias
 from graphopt.kernels._linear_triton import described, takes_tma
 from graphopt.kernels._triton import (
@@ -30,7 +30,6 @@ from graphopt.kernels._triton import (
     launch,
     processors,
     refuse,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -199,7 +198,7 @@ def float8_product(
     bias = None if bias is None else bias.contiguous()
     out = codes.new_empty(M, N, dtype=dtype)
     tma = takes_tma(x, weight) and N * dtype.itemsize % 16 == 0
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     candidates = float8_configs(M, N, dtype.itemsize, chip, tma)
     config = choose(_float8_kernel, x.device, (M, N, K, dtype, tma, activation), candidates)
     constants: dict[str, Any] = {"ACTIVATION": activation, **config.options}

@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
+from graphopt.kernels._triton import processors, shared_memory
 from graphopt.kernels._tuning import Config
 
 FEW_ROWS = 256  # up to which a product waits for its weights more than for anything else
@@ -31,6 +34,11 @@ class Chip:
 
     processors: int
     shared: int
+
+
+def chip_of(device: torch.device) -> Chip:
+    """What a device has; an H100's for what is no GPU."""
+    return Chip(processors(device), shared_memory(device))
 
 
 def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8) -> Config:

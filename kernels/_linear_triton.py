@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, RESIDENT, Chip, linear_configs
+from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, RESIDENT, chip_of, linear_configs
 from graphopt.kernels._linear_tile import (
     epilogue,
     prefetch_weights,
@@ -35,7 +35,6 @@ from graphopt.kernels._triton import (
     launch,
     processors,
     refuse,
-    shared_memory,
     stand_in,
     tl,
     triton,
@@ -138,6 +137,11 @@ def sum_splits(partial_ptr, offsets, inside, size, SPLITS: tl.constexpr):  # typ
     return acc
 
 
+def room_for(x: torch.Tensor, M: int, N: int, splits: int) -> torch.Tensor:
+    """Where products go: (M, N) of x's dtype, or, cut along their depth, (splits, M, N) in float32."""
+    return x.new_empty(M, N) if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
+
+
 def products(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -166,8 +170,7 @@ def products(
     (M, K), N = x.shape, weight.shape[0]
     constants: dict[str, Any] = {"ACTIVATION": activation, **config.options}
     tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
-    shape, dtype = ((M, N), x.dtype) if splits == 1 else ((splits, M, N), torch.float32)
-    out = x.new_empty(shape, dtype=dtype)
+    out = room_for(x, M, N, splits)
     stride_rm = 0 if residual is None else residual.stride(0)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     few = M <= FEW_ROWS
@@ -262,7 +265,7 @@ def chosen(
     """
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed, residual
     candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished, residual)
     return choose(_linear_tma_kernel if tma else _linear_kernel, x.device, named, candidates)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from graphopt.kernels._linear_configs import FEW_ROWS, Chip, parts_of_depth
-from graphopt.kernels._tuning import Config
+from graphopt.kernels._tuning import Config, distinct
 
 PIECE = 32  # weights of a block that are multiplied at a time: two steps of the tensor cores
 _DEEP = 2048  # from which on cutting the depth gains more than the kernel that adds up the parts takes
@@ -42,8 +42,7 @@ def quantized_configs(M: int, N: int, K: int, itemsize: int, chip: Chip) -> tupl
     """
     found = _few_rows(M, N, K, chip) if M <= FEW_ROWS else _many_rows(M, N, chip)
     found += [quantized_tiles(64, 64, 32, 4, 3), quantized_tiles(32, 32, 32, 4, 2)]  # for every GPU
-    found = [config for place, config in enumerate(found) if config not in found[:place]]
-    return tuple(config for config in found if _shared(config, itemsize) <= chip.shared)
+    return tuple(config for config in distinct(found) if _shared(config, itemsize) <= chip.shared)
 
 
 def _few_rows(M: int, N: int, K: int, chip: Chip) -> list[Config]:
@@ -148,11 +147,10 @@ def block_configs(
     if M > FEW_ROWS:
         found = [block_tiles(64, 32, 4, 4, 4), block_tiles(64, 32, 8, 8, 3), *found]
     found.append(block_tiles(16, 32, 4, 4, 2))
-    kept = [config for place, config in enumerate(found) if config not in found[:place]]
 
     def fits(config: Config) -> bool:
         m, n, pieces = (config.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "PIECES"))
         step = pieces * (m * piece * itemsize + n * piece * bits // 8 + n * itemsize)
         return max(step * config.num_stages, pieces * m * n * 4) + 1024 <= chip.shared
 
-    return tuple(filter(fits, kept))
+    return tuple(filter(fits, distinct(found)))

@@ -15,17 +15,15 @@ from __future__ import annotations
 import torch
 
 from graphopt.kernels._codes_triton import widened
-from graphopt.kernels._linear_configs import FEW_ROWS, Chip
+from graphopt.kernels._linear_configs import FEW_ROWS, chip_of
 from graphopt.kernels._linear_tile import prefetch_weights, tile_of, with_bias
-from graphopt.kernels._linear_triton import PREFETCHED, summed
+from graphopt.kernels._linear_triton import PREFETCHED, room_for, summed
 from graphopt.kernels._quantized_configs import quantized_configs
 from graphopt.kernels._triton import (
     as_rows,
     dot,
     jit,
     launch,
-    processors,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -112,13 +110,12 @@ def quantized_product(
     scale = scale.contiguous()
     bias, zero_point = (v if v is None else v.contiguous() for v in (bias, zero_point))
     together, offset = weight.stride(1) == 1, zero_point is not None
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     candidates = quantized_configs(M, N, K, x.element_size(), chip)
     named = M, N, K, x.dtype, weight.dtype, together, offset
     config = choose(_quantized_kernel, x.device, named, candidates)
     m, n, k, splits = (config.tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLITS"))
-    out = x.new_empty(M, N)
-    made = out if splits == 1 else x.new_empty(splits, M, N, dtype=torch.float32)
+    made = room_for(x, M, N, splits)
     launch(
         _quantized_kernel,
         (triton.cdiv(M, m) * triton.cdiv(N, n), splits),
@@ -128,5 +125,5 @@ def quantized_product(
         PREFETCH=M <= FEW_ROWS and together and weight.nbytes <= PREFETCHED,
         **config.options,
     )
-    out = out if splits == 1 else summed(made, out, bias)
+    out = made if splits == 1 else summed(made, x.new_empty(M, N), bias)
     return out.view(*x.shape[:-1], N)

@@ -64,6 +64,11 @@ class Config:
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+def distinct(configs: Sequence[Config]) -> tuple[Config, ...]:
+    """The configurations in their order, each once."""
+    return tuple(config for place, config in enumerate(configs) if config not in configs[:place])
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What tuning found for one kernel.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
-from graphopt.kernels._linear_configs import FEW_ROWS, Chip, gated_configs
+from graphopt.kernels._linear_configs import FEW_ROWS, chip_of, gated_configs
 from graphopt.kernels._linear_tile import epilogue, gated_sums, prefetch_weights, tile_of, with_bias
 from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, op
@@ -26,8 +26,6 @@ from graphopt.kernels._triton import (
     as_rows,
     jit,
     launch,
-    processors,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -189,7 +187,7 @@ def _launch(
     weights = gate_weight, up_weight
     together = all(w.stride(1) == 1 for w in weights)
     key = M, N, K, x.dtype, together
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     config = choose(_gated_mlp_kernel, x.device, key, gated_configs(M, x.element_size(), chip))
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     biases = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))

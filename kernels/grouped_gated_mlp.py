@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels import gated_mlp
-from graphopt.kernels._linear_configs import FEW_ROWS, Chip, grouped_configs
+from graphopt.kernels._linear_configs import FEW_ROWS, chip_of, grouped_configs
 from graphopt.kernels._linear_tile import epilogue, gated_sums, prefetch_weights, tile_of
 from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, emit, op
@@ -33,8 +33,6 @@ from graphopt.kernels._triton import (
     capability,
     jit,
     launch,
-    processors,
-    shared_memory,
     tl,
     triton,
     wait_for_all,
@@ -233,7 +231,7 @@ def _launch(
     gate, up = reversed(halves) if up_first else halves
     together = weight.stride(1) == 1
     key = M, N, K, E, x.dtype, together, weight.stride(2) == 1, ends is None
-    chip = Chip(processors(x.device), shared_memory(x.device))
+    chip = chip_of(x.device)
     candidates = grouped_configs(M, E, x.element_size(), chip)
     config = choose(_grouped_gated_mlp_kernel, x.device, key, candidates)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")

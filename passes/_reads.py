@@ -195,5 +195,5 @@ def between(mask: fx.Node, by: fx.Node) -> set[fx.Node]:
 
 _VIEWS = (
     *(aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim),
-    *(aten.to.dtype, aten.view.default),
+    aten.to.dtype,
 )
