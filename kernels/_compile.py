@@ -89,6 +89,7 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> Compiled:
         "num_stages": launch.num_stages,
         "launch_pdl": pdl,
         "enable_fp_fusion": True,
+        **({} if launch.registers is None else {"maxnreg": launch.registers}),
     }
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     binary = triton.compile(_source(launch, 2 if pdl else 0), target=target, options=options)
@@ -110,8 +111,6 @@ def _flat(args: tuple[Any, ...]) -> list[Any]:
 
 def _source(launch: Launch, pdl: int) -> Any:
     """The kernel, specialised as this launch would have it."""
-    from triton.compiler import ASTSource
-
     attrs: dict[tuple[int, ...], Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     names = launch.kernel.arg_names
@@ -120,20 +119,30 @@ def _source(launch: Launch, pdl: int) -> Any:
     for name, value in {**launch.constants, "PDL": pdl}.items():
         types[name] = "constexpr"
         constants[(names.index(name),)] = value
-    return ASTSource(launch.kernel, {name: types[name] for name in names}, constants, attrs)
+    return _language_of(launch.kernel)(launch.kernel, {name: types[name] for name in names}, constants, attrs)
+
+
+def _language_of(kernel: Any) -> Any:
+    """What Triton compiles a kernel from, by the language that it is written in."""
+    from triton.compiler import ASTSource
+
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _type(arg: Any, place: tuple[int, ...], attrs: dict[Any, Any], constants: dict[Any, Any]) -> Any:
     """An argument's type as Triton writes it; what a launch specialises on goes to attrs and constants."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     if isinstance(arg, tuple):
         return tuple(_type(x, (*place, i), attrs, constants) for i, x in enumerate(arg))
     if isinstance(arg, torch.Tensor):
         attrs[place] = [["tt.divisibility", 16]]
         return _POINTERS[arg.dtype]
-    if isinstance(arg, TensorDescriptor):
-        return f"tensordesc<{_POINTERS[arg.base.dtype][1:]}{list(arg.block_shape)}>"
+    if hasattr(arg, "block_shape"):  # of TMA; one of Gluon's says how a block lies in shared memory, too
+        layout = f",{arg.layout!r}" if hasattr(arg, "layout") else ""
+        return f"tensordesc<{_POINTERS[arg.base.dtype][1:]}{list(arg.block_shape)}{layout}>"
     if arg is None or (type(arg) is int and arg == 1):
         constants[place] = arg
         return "constexpr"

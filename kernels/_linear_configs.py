@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.kernels._triton import processors, shared_memory
+from graphopt.kernels._linear_gluon import AVAILABLE, COLUMNS, DEPTH, ROWS, WIDE
+from graphopt.kernels._triton import capability, processors, shared_memory
 from graphopt.kernels._tuning import Config
 
 FEW_ROWS = 256  # up to which a product waits for its weights more than for anything else
 MANY_ROWS = 4096  # from which on a product has several rounds of tiles, and cuBLAS is the faster one
-RESIDENT, EACH = 1, 2  # with TMA: a program goes on from tile to tile, or each tile has its own
+# With TMA: a program goes on from tile to tile, or each tile has its own, or its warps have roles.
+RESIDENT, EACH, ROLES = 1, 2, 3
 DEEPEST = 384  # no part of the depth is cut to less
 MOST_PARTS = 8
 AMPERES = 163 * 1024  # bytes of shared memory, the most of a GPU before sm_90
@@ -30,15 +32,17 @@ class Chip:
     Args:
         processors: that run programs.
         shared: bytes of shared memory that a program may have.
+        wgmma: whether it has the instructions of sm_90, by which a warp group multiplies.
     """
 
     processors: int
     shared: int
+    wgmma: bool = False
 
 
 def chip_of(device: torch.device) -> Chip:
     """What a device has; an H100's for what is no GPU."""
-    return Chip(processors(device), shared_memory(device))
+    return Chip(processors(device), shared_memory(device), AVAILABLE and capability(device) == (9, 0))
 
 
 def tiles(m: int, n: int, k: int, warps: int, stages: int, splits: int = 1, group: int = 8) -> Config:
@@ -72,6 +76,18 @@ def tma_tiles(
     return Config({**found.tiles, "TMA": tma}, warps, stages)
 
 
+def roles(consumers: int, stages: int = 4, group: int = 8) -> Config:
+    """A configuration of ``_linear_gluon_kernel``.
+
+    Args:
+        consumers: 1 where all warps that multiply make one tile together, 2 where they take turns.
+        stages: steps whose tiles are on their way at a time.
+        group: row tiles as ``tiles`` takes them.
+    """
+    found = tiles(ROWS, COLUMNS, DEPTH, 8 // consumers, stages, group=group)
+    return Config({**found.tiles, "TMA": ROLES, "CONSUMERS": consumers}, 8 // consumers, stages)
+
+
 @functools.lru_cache(maxsize=1024)
 def linear_configs(
     M: int,
@@ -98,13 +114,14 @@ def linear_configs(
         residual: whether the kernel adds one.
     """
     few = M <= FEW_ROWS
-    found = _few_rows(M, N, K, chip, tma, then_summed) if few else _many_rows(M, N, chip, tma)
+    found = _few_rows(M, N, K, chip, tma, then_summed) if few else _many_rows(M, N, itemsize, chip, tma)
     found += (tiles(64, 64, 32, 4, 3), tiles(32, 32, 32, 4, 2))  # small enough for every GPU, in float32 too
     fitting = tuple(config for config in found if _shared(config, itemsize, residual=residual) <= chip.shared)
     if not finished:
         return fitting
-    # Many rows keep cuBLAS busier than the tiles here, and a norm reads the product from L2 either way.
-    return (BY_CUBLAS, *fitting) if then_summed and M >= MANY_ROWS else (*fitting, BY_CUBLAS)
+    # Many rows keep cuBLAS busier than most tiles here, and a norm reads the product from L2 either way.
+    by_cublas = then_summed and M >= MANY_ROWS and fitting[0].tiles["TMA"] != ROLES
+    return (BY_CUBLAS, *fitting) if by_cublas else (*fitting, BY_CUBLAS)
 
 
 def _few_rows(M: int, N: int, K: int, chip: Chip, tma: bool, then_summed: bool) -> tuple[Config, ...]:
@@ -146,7 +163,7 @@ def parts_of_depth(whole: int, K: int, chip: Chip) -> int:
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
+def _many_rows(M: int, N: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
     """The largest tile of which the last round of programs is not mostly idle; then the others.
 
     (4096, 768) to 3072 with GELU, 38.5 us, cuBLAS alone 36.1 and with a kernel for GELU 50.0: 128x256. (1024,
@@ -154,11 +171,10 @@ def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
     more than the processors, but not twice as many, two share one: (1024, 768) to 3072 with GELU 13.3 us,
     128x256 14.6; (4096, 768) to 768, residual and norm included, 16.5 us, cuBLAS and the same norm 17.9.
 
-    The product alone cuBLAS makes faster: (1024, 768) to 2304 in 9.2 us against 11.1, (4096, 768) to 2304 in
-    25.5 us against 30.3, and (4096, 3072) to 768 with the norm in 36.9 us against 42.9. Not among them, as
-    slower: 128x192 with the sums of 128 and of 64 columns apart (37.1 us where 128x256 takes 31.9, although
-    it leaves no processor idle), the same of 64 rows, and 128x256 for EACH tile (39.9 us). Warps of their own
-    for TMA Triton 3.9 does not make of this loop on sm_90.
+    The product alone cuBLAS makes faster than these: (1024, 768) to 2304 in 9.2 us against 11.1, (4096, 768)
+    to 2304 in 25.5 us against 30.3, and (4096, 3072) to 768 with the norm in 36.9 us against 42.9. On sm_90
+    warps with roles are as fast (``_linear_gluon.py``). Triton 3.9 does not give them roles by itself there;
+    without, 128x192 takes 37.1 us where 128x256 takes 31.9, and 128x256 for EACH tile 39.9 us.
     """
     if not tma:
         return (
@@ -179,7 +195,26 @@ def _many_rows(M: int, N: int, chip: Chip, tma: bool) -> tuple[Config, ...]:
     in_one_round = chip.processors < _tiles(shared, M, N) <= 2 * chip.processors
     likely = next((c for c in found if _busy(c, M, N, chip) >= 0.7), found[2])
     likely = shared if in_one_round else likely
-    return (likely, *(config for config in found if config != likely))
+    others = (*(config for config in found if config != likely),)
+    return _with_roles((likely, *others), M, N, chip) if chip.wgmma and itemsize == 2 else (likely, *others)
+
+
+def _with_roles(found: tuple[Config, ...], M: int, N: int, chip: Chip) -> tuple[Config, ...]:
+    """With the tiles of warps that have roles: first, where they take the fewest rounds by their size.
+
+    They do a tenth more in the same time.
+    """
+    together, in_turns = roles(1), roles(2)
+    likely = together if _tiles(together, M, N) <= chip.processors else in_turns
+    other = in_turns if likely == together else together
+    ahead = 0.9 * _work(likely, M, N, chip) < min(_work(config, M, N, chip) for config in found)
+    return (likely, other, *found) if ahead else (*found, likely, other)
+
+
+def _work(config: Config, M: int, N: int, chip: Chip) -> int:
+    """Sums that the busiest processor makes."""
+    tiles_each = -(-_tiles(config, M, N) // chip.processors)
+    return tiles_each * config.tiles["BLOCK_M"] * config.tiles["BLOCK_N"]
 
 
 def _tiles(config: Config, M: int, N: int) -> int:
@@ -279,5 +314,7 @@ def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = Fa
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     under_way = (m + weights * n) * k * itemsize * config.num_stages
     tma = config.tiles.get("TMA")
+    if tma == ROLES:
+        return under_way + config.tiles["CONSUMERS"] * m * WIDE * itemsize + 1024
     finished = m * n * itemsize * (1 + residual) if tma and config.tiles["SPLITS"] == 1 else 0
     return (under_way + finished if tma == RESIDENT else max(under_way, finished)) + 1024

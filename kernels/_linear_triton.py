@@ -5,10 +5,10 @@
 Inputs are multiplied as they are and summed in float32; bias, activation and residual are applied to those
 sums, and the result is rounded once. ``_linear_configs.py`` chooses the tiles.
 
-Three kernels. ``_linear_kernel`` takes any strides, that of ``_linear_tma.py`` what the tensor memory
+Four kernels. ``_linear_kernel`` takes any strides, that of ``_linear_tma.py`` what the tensor memory
 accelerator can move. Where a product has too few tiles to fill the GPU both cut its depth K into parts, whose
 sums in float32 a third kernel adds in the order of their depth: the same bits in every run, unlike atomic
-additions in memory.
+additions in memory. That of ``_linear_gluon.py`` makes large tiles on sm_90.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._linear_configs import BY_CUBLAS, EACH, FEW_ROWS, RESIDENT, chip_of, linear_configs
+from graphopt.kernels._linear_configs import (
+    BY_CUBLAS,
+    EACH,
+    FEW_ROWS,
+    RESIDENT,
+    ROLES,
+    chip_of,
+    linear_configs,
+)
+from graphopt.kernels._linear_gluon import product_by_roles
 from graphopt.kernels._linear_tile import (
     epilogue,
     prefetch_weights,
@@ -171,6 +180,10 @@ def products(
     constants: dict[str, Any] = {"ACTIVATION": activation, **config.options}
     tma, splits = constants.pop("TMA"), config.tiles["SPLITS"]
     out = room_for(x, M, N, splits)
+    if tma == ROLES:
+        if residual is not None and not takes_tma(residual, residual):
+            residual = residual.contiguous()
+        return product_by_roles(x, weight, config, out, bias, activation, parameter, residual)
     stride_rm = 0 if residual is None else residual.stride(0)
     m, n, k = (config.tiles[f"BLOCK_{letter}"] for letter in "MNK")
     few = M <= FEW_ROWS
@@ -266,7 +279,8 @@ def chosen(
     (M, K), N = x.shape, weight.shape[0]
     tma = takes_tma(x, weight)
     chip = chip_of(x.device)
-    named = M, N, K, x.dtype, weight.stride(1) == 1, tma, finished, then_summed, residual
+    by = ROLES if tma and chip.wgmma else tma
+    named = M, N, K, x.dtype, weight.stride(1) == 1, by, finished, then_summed, residual
     candidates = linear_configs(M, N, K, x.element_size(), chip, tma, then_summed, finished, residual)
     return choose(_linear_tma_kernel if tma else _linear_kernel, x.device, named, candidates)
 

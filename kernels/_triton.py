@@ -136,6 +136,7 @@ class Launch:
         num_warps: a program's warps, of 32 threads each.
         num_stages: of the software pipeline.
         early: those of the arguments that are read before the wait.
+        registers: the most of a thread; None for what the compiler will have.
     """
 
     kernel: Any
@@ -145,6 +146,7 @@ class Launch:
     num_warps: int
     num_stages: int
     early: tuple[torch.Tensor, ...] = ()
+    registers: int | None = None
 
 
 def launch(
@@ -154,6 +156,7 @@ def launch(
     early: Any = (),  # Iterable[Tensor | None]; to mypy **options could be one
     num_warps: int = 4,
     num_stages: int = 2,
+    registers: int | None = None,
     **constants: Any,
 ) -> None:
     """Start a kernel on the device of its first tensor; one without programs is not started.
@@ -165,6 +168,7 @@ def launch(
         early: those that the kernel reads between ``wait_for_all`` and ``wait_for_inputs``.
         num_warps: a program's warps, of 32 threads each.
         num_stages: of the software pipeline.
+        registers: the most of a thread; None for what the compiler will have.
         constants: compile-time arguments by name.
     """
     if 0 in grid:
@@ -172,10 +176,12 @@ def launch(
     read = tuple(x for x in early if x is not None)
     recorded = _recorded.get()
     if recorded is not None:
-        recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read))
+        recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read, registers))
         return
     device = device_of(args)
     options = launch_options(device, read, num_warps, num_stages)
+    if registers is not None:
+        options["maxnreg"] = registers
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         started = kernel[grid](*args, **constants, **options)

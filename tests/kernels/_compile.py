@@ -25,7 +25,7 @@ from graphopt.kernels import _float8_triton
 from graphopt.kernels._compile import compiled
 from graphopt.kernels._float8_configs import float8_configs
 from graphopt.kernels._float8_triton import WITH_FLOAT8, float8_product
-from graphopt.kernels._linear_configs import Chip, linear_configs
+from graphopt.kernels._linear_configs import Chip, linear_configs, roles
 from graphopt.kernels._linear_triton import products
 from graphopt.kernels._triton import WITH_PDL, Gpu, Launch, recorded_launches, standing_in_for
 from graphopt.kernels._tuning import Config
@@ -61,6 +61,9 @@ def every(only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
                 continue
             for target in ("sm_90", "sm_100"):
                 found[f"{name}, {target}"] = facts(launch, TARGETS[target])
+        for name, launch in with_roles():
+            if not only or launch.kernel.__name__ in only:
+                found[f"{name}, sm_90"] = facts(launch, TARGETS["sm_90"])
     return found
 
 
@@ -98,6 +101,17 @@ def by_tma() -> Iterator[tuple[str, Launch]]:
     with recorded_launches() as launches:
         products(x, weight, config, bias, residual=residual)
     yield f"_linear_tma_kernel, {M}x{K} to {N}, residual", launches[0]
+
+
+def with_roles() -> Iterator[tuple[str, Launch]]:
+    """Products whose warps have roles, with GELU, and with a residual."""
+    for consumers, (M, N, K) in ((1, (1024, 3072, 768)), (2, (12608, 3072, 768)), (2, (12608, 768, 3072))):
+        x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
+        residual = torch.randn(M, N).half() if N < K else None
+        with recorded_launches() as launches:
+            products(x, weight, roles(consumers), bias, "gelu" if N > K else "none", 1.0, residual)
+        added = ", residual" * (residual is not None)
+        yield f"_linear_gluon_kernel, {M}x{K} to {N}{added}, {consumers} consumers", launches[0]
 
 
 def float8_by_tma() -> Iterator[tuple[str, Launch]]:

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.kernels import _linear_triton, _triton
+from graphopt.kernels import _linear_gluon, _linear_triton, _triton
 from graphopt.kernels._linear_configs import (
     BY_CUBLAS,
     EACH,
     RESIDENT,
     Chip,
     linear_configs,
+    roles,
     tiles,
     tma_tiles,
 )
@@ -29,6 +30,10 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),  # `pytest -m gpu` runs them there, compiled
 ]
 needs_tma = pytest.mark.skipif(not HAS_TMA, reason="needs sm_90")
+needs_wgmma = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs sm_90: Gluon has no interpreter",
+)
 
 
 def named(config: Config) -> str:
@@ -42,6 +47,7 @@ TMA = [
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
+WITH_ROLES = [pytest.param(roles(n), id=f"{n} consumers", marks=needs_wgmma) for n in (1, 2)]
 PARTS = [pytest.param(tiles(16, 32, 32, 4, 2, splits=s), id=f"{s} parts") for s in (2, 3, 7)]
 PARTS += [
     pytest.param(tma_tiles(64, 32, 32, 4, 2, s, tma=EACH), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)
@@ -66,7 +72,7 @@ def assert_as_exact(mine: torch.Tensor, torchs: torch.Tensor, exact: torch.Tenso
 
 @over_sizes
 @over_halves
-@pytest.mark.parametrize("config", WHOLE)
+@pytest.mark.parametrize("config", [*WHOLE, *WITH_ROLES])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_a_finished_product(
     config: Config, activation: str, M: int, N: int, K: int, dtype: torch.dtype
@@ -105,6 +111,34 @@ def test_programs_go_on_from_tile_to_tile(config: Config, monkeypatch: pytest.Mo
     x, weight = factors(200, 104, 136, torch.float16)
     exact = F.linear(x.double(), weight.double())
     assert_as_exact(products(x, weight, config), exact.half(), exact)
+
+
+@over_halves
+@pytest.mark.parametrize("config", WITH_ROLES)
+@pytest.mark.parametrize("programs", [1, 5, 132])
+@pytest.mark.parametrize("K", [64, 264, 1032])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_roles_go_on_from_tile_to_tile(
+    config: Config,
+    programs: int,
+    K: int,
+    activation: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """18 tiles of one step, of more than are under way, and of many times as many; again, the same bits."""
+    monkeypatch.setattr(_linear_gluon, "processors", lambda device: programs)
+    x, weight = factors(700, 400, K, dtype)
+    bias, residual = (torch.randn(size).to(x) for size in ((400,), (700, 400)))
+    for added in (None, residual, torch.randn(700, 403).to(x)[:, 1:401]):
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        exact = F.gelu(exact) if activation == "gelu" else exact
+        exact = exact if added is None else exact + added.double()
+        mine = products(x, weight, config, bias, activation, 1.0, added)
+        assert_as_exact(mine, exact.to(dtype), exact)
+        assert all(
+            torch.equal(mine, products(x, weight, config, bias, activation, 1.0, added)) for _ in range(3)
+        )
 
 
 def test_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +211,23 @@ def test_a_residual_leaves_no_room_for_the_largest_tile_of_a_resident_program() 
     )
     assert plain[0] == tma_tiles(128, 256, 64, 8, 3)
     assert set(map(str, plain)) - set(map(str, added)) == {str(plain[0])}
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "expected"),
+    [
+        (1024, 3072, roles(1)),  # 128 tiles for 132 processors
+        (12608, 2304, roles(2)),  # nine for each
+        (8832, 768, tma_tiles(128, 256, 64, 8, 3)),  # 276, three for some
+    ],
+)
+def test_warps_get_roles_where_their_tiles_take_the_fewest_rounds(M: int, N: int, expected: Config) -> None:
+    sm_90 = Chip(132, 227 * 1024, wgmma=True)
+    assert linear_configs(M, N, 768, 2, sm_90, True, False, False)[0] == expected
+    for halves in (2, 4):
+        found = linear_configs(M, N, 768, halves, sm_90, True, True, True, True)
+        assert (roles(1) in found) == (roles(2) in found) == (halves == 2)
+        assert len(found) <= 12
 
 
 @pytest.mark.parametrize(
