@@ -179,9 +179,7 @@ def launch(
         recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read, registers))
         return
     device = device_of(args)
-    options = launch_options(device, read, num_warps, num_stages)
-    if registers is not None:
-        options["maxnreg"] = registers
+    options = launch_options(device, read, num_warps, num_stages, registers)
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         started = kernel[grid](*args, **constants, **options)
@@ -189,7 +187,9 @@ def launch(
             prefer_shared_memory(started.function)
 
 
-def launch_options(device: torch.device, early: Any, num_warps: int, num_stages: int) -> dict[str, Any]:
+def launch_options(
+    device: torch.device, early: Any, num_warps: int, num_stages: int, registers: int | None = None
+) -> dict[str, Any]:
     """What a launch says beside its arguments and its own constants."""
     pdl = dependence(device, early)
     return {
@@ -198,6 +198,7 @@ def launch_options(device: torch.device, early: Any, num_warps: int, num_stages:
         "num_stages": num_stages,
         "launch_pdl": pdl > 0,
         "enable_fp_fusion": True,
+        **({} if registers is None else {"maxnreg": registers}),
     }
 
 
@@ -369,10 +370,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def device_of(args: tuple[Any, ...]) -> torch.device:
-    """Where a launch with these arguments runs: with its first tensor."""
+    """Where a launch with these arguments runs: with its first tensor, or what TMA sees of one."""
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg.device
+        tensor = getattr(arg, "base", arg)  # of a descriptor
+        if isinstance(tensor, torch.Tensor):
+            return tensor.device
         if isinstance(arg, tuple) and arg:
             return device_of(arg)
     raise TypeError("a kernel was given no tensor")

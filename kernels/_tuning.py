@@ -274,7 +274,7 @@ def compile_ahead(launches: Sequence[Launch]) -> None:
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
         for each in on_gpu:
-            options = launch_options(device, each.early, each.num_warps, each.num_stages)
+            options = launch_options(device, each.early, each.num_warps, each.num_stages, each.registers)
             with contextlib.suppress(Exception):
                 each.kernel.warmup(*each.args, grid=each.grid, **each.constants, **options)
 
