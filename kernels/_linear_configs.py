@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.kernels._linear_gluon import AVAILABLE, COLUMNS, DEPTH, ROWS, WIDE
+from graphopt.kernels._linear_gluon import AVAILABLE, DEPTH
 from graphopt.kernels._triton import capability, processors, shared_memory
 from graphopt.kernels._tuning import Config
 
@@ -76,16 +76,21 @@ def tma_tiles(
     return Config({**found.tiles, "TMA": tma}, warps, stages)
 
 
-def roles(consumers: int, stages: int = 4, group: int = 8) -> Config:
+def roles(m: int, wide: int, narrow: int, consumers: int = 1, stages: int = 4, group: int = 8) -> Config:
     """A configuration of ``_linear_gluon_kernel``.
 
     Args:
-        consumers: 1 where all warps that multiply make one tile together, 2 where they take turns.
+        m: rows of a tile.
+        wide: its first columns, a power of two.
+        narrow: those beside them, another one.
+        consumers: 1 where all warps that multiply make one tile together, 2 where four and four take turns.
         stages: steps whose tiles are on their way at a time.
         group: row tiles as ``tiles`` takes them.
     """
-    found = tiles(ROWS, COLUMNS, DEPTH, 8 // consumers, stages, group=group)
-    return Config({**found.tiles, "TMA": ROLES, "CONSUMERS": consumers}, 8 // consumers, stages)
+    found = tiles(m, wide + narrow, DEPTH, 4 if consumers == 2 else m // 16, stages, group=group)
+    return Config(
+        {**found.tiles, "TMA": ROLES, "NARROW": narrow, "CONSUMERS": consumers}, found.num_warps, stages
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,15 +205,21 @@ def _many_rows(M: int, N: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Co
 
 
 def _with_roles(found: tuple[Config, ...], M: int, N: int, chip: Chip) -> tuple[Config, ...]:
-    """With the tiles of warps that have roles: first, where they take the fewest rounds by their size.
+    """With the tiles of warps that have roles: first, where the busiest processor has the least to do.
 
-    They do a tenth more in the same time.
+    They do a tenth more in the same time; large ones in turns, where there are several for each.
     """
-    together, in_turns = roles(1), roles(2)
-    likely = together if _tiles(together, M, N) <= chip.processors else in_turns
-    other = in_turns if likely == together else together
-    ahead = 0.9 * _work(likely, M, N, chip) < min(_work(config, M, N, chip) for config in found)
-    return (likely, other, *found) if ahead else (*found, likely, other)
+    large, turns = roles(128, 128, 64), roles(128, 128, 64, consumers=2)
+    several = _tiles(large, M, N) > chip.processors
+    given = [
+        *((turns, large) if several else (large, turns)),
+        roles(128, 128, 16, stages=5),
+        roles(64, 64, 32, stages=8),
+    ]
+    least = min(given, key=lambda config: _work(config, M, N, chip))
+    given.remove(least)
+    ahead = 0.9 * _work(least, M, N, chip) < min(_work(config, M, N, chip) for config in found)
+    return (least, *given, *found) if ahead else (*found, least, *given)
 
 
 def _work(config: Config, M: int, N: int, chip: Chip) -> int:
@@ -315,6 +326,7 @@ def _shared(config: Config, itemsize: int, weights: int = 1, residual: bool = Fa
     under_way = (m + weights * n) * k * itemsize * config.num_stages
     tma = config.tiles.get("TMA")
     if tma == ROLES:
-        return under_way + config.tiles["CONSUMERS"] * m * WIDE * itemsize + 1024
+        finished = 2 * m * (n - config.tiles["NARROW"]) if config.tiles["CONSUMERS"] == 2 else m * n
+        return under_way + finished * itemsize + 1024
     finished = m * n * itemsize * (1 + residual) if tma and config.tiles["SPLITS"] == 1 else 0
     return (under_way + finished if tma == RESIDENT else max(under_way, finished)) + 1024

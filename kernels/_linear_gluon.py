@@ -2,11 +2,12 @@
 
     out = act(x @ weight.T + bias) + residual
 
-The warp that asks runs ahead by as many steps as shared memory holds, into the next tile too. A tile has 192
-columns, whose sums stand 128 and 64 apart, since a block of Gluon's has a power of two of them: of 128 x 192
-there are as many as an H100 has processors where encoders have 1,024 tokens, and nine times as many in a
-batch of 64 images. Either two groups of four warps make a tile together, or each makes its own, and one
-multiplies while the other finishes: what an activation costs is then hidden but for the last tile.
+The warp that asks runs ahead by as many steps as shared memory holds, into the next tile too. A block of
+Gluon's has a power of two of columns, but a tile here has two of them side by side, 128 + 64 or 128 + 16 or
+64 + 32: of one of these an H100 has just work for all its processors where an encoder has 1,024 tokens, and
+nine times as much in a batch of 64 images. Either all that multiply make a tile together, or two groups of
+four warps make one each, and one multiplies while the other finishes: what an activation costs is then hidden
+but for the last tile.
 
 (12608, 768) to 3072 with GELU takes 118 us in turns, 138 together, 125 in ``_linear_tma_kernel``, and
 cuBLAS's product alone 106; to 2304, 78 us, cuBLAS 81. (1024, 768) to 3072 with GELU, a tile a processor: 12.6
@@ -40,9 +41,11 @@ except ImportError:  # no Triton, or one before its Gluon knew these
     gluon = None
 
 AVAILABLE = gluon is not None
-ROWS, WIDE, NARROW, DEPTH = 128, 128, 64, 64  # of a tile: its rows, its columns in two parts, and a step
-COLUMNS = WIDE + NARROW
-REGISTERS = 168  # of a thread when it starts: 384 threads have 64 K together
+DEPTH = 64  # of a step: 128 bytes, what TMA lays out for the tensor cores
+REGISTERS = {
+    8: 168,
+    4: 128,
+}  # of a thread when it starts, by warps that multiply; three or seven ask, or idle
 MULTIPLIES, ASKS = 240, 24  # of a thread of either role, which take and leave some of them
 
 
@@ -138,10 +141,12 @@ def _finish(  # type: ignore[no-untyped-def]
 @_jit
 def _multiply(  # type: ignore[no-untyped-def]
     given,
-    stage,
+    wide_stage,
+    narrow_stage,
     ACTIVATION: gl.constexpr,
     GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
+    WARPS: gl.constexpr,
     WHICH: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -158,7 +163,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     ROWS: gl.constexpr = xs.shape[1]
     WIDE: gl.constexpr = wides.shape[1]
     NARROW: gl.constexpr = narrows.shape[1]
-    WARPS: gl.constexpr = 8 // CONSUMERS
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, NARROW, 16])
     arrived = arrivals.index(WHICH)
@@ -170,7 +174,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         if residual_descs[0] is not None:
             tma.store_wait(0)  # the tile before has left
             mbarrier.expect(arrived, residual_descs[0].block_type.nbytes)
-            _copy_in(residual_descs[0], [row, column], arrived, stage)
+            _copy_in(residual_descs[0], [row, column], arrived, wide_stage)
         if CONSUMERS == 2:
             mbarrier.wait(turns.index(WHICH), (mine & 1) ^ (1 - WHICH))
             mine += 1
@@ -192,12 +196,12 @@ def _multiply(  # type: ignore[no-untyped-def]
         mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES), count=1)
         turn += (CONSUMERS - 1) * steps
         _finish(
-            first, bias_ptr, residual_descs[0], out_descs[0], arrived, stage, row, column, N, parameter,
+            first, bias_ptr, residual_descs[0], out_descs[0], arrived, wide_stage, row, column, N, parameter,
             ACTIVATION, wide, True,
         )  # fmt: skip
         _finish(
-            second, bias_ptr, residual_descs[1], out_descs[1], arrived, stage.slice(0, NARROW, dim=1),
-            row, column + WIDE, N, parameter, ACTIVATION, narrow, False,
+            second, bias_ptr, residual_descs[1], out_descs[1], arrived, narrow_stage, row, column + WIDE, N,
+            parameter, ACTIVATION, narrow, False,
         )  # fmt: skip
     tma.store_wait(0)
 
@@ -219,6 +223,7 @@ def _linear_gluon_kernel(  # type: ignore[no-untyped-def]
     ACTIVATION: gl.constexpr,
     GROUP_M: gl.constexpr,
     CONSUMERS: gl.constexpr,
+    WARPS: gl.constexpr,
     STAGES: gl.constexpr,
     MULTIPLIES: gl.constexpr,
     ASKS: gl.constexpr,
@@ -250,19 +255,22 @@ def _linear_gluon_kernel(  # type: ignore[no-untyped-def]
     given = (bars, buffers, sizes, residuals, outs, bias_ptr, parameter)
     # Names and flags are compile-time arguments only where they stand in the call itself.
     if CONSUMERS == 1:
+        beside = gl.allocate_shared_memory(x_desc.dtype, [ROWS, NARROW], out_narrow_desc.layout)
         gl.warp_specialize(
             [
-                (_multiply, (given, stages.index(0), ACTIVATION, GROUP_M, CONSUMERS, 0, PDL)),
+                (_multiply, (given, stages.index(0), beside, ACTIVATION, GROUP_M, CONSUMERS, WARPS, 0, PDL)),
                 (_ask, (descs, bars, buffers, sizes, GROUP_M, PDL)),
             ],
             [1],
             [ASKS],
         )
-    else:
+    else:  # there is no room for the second part of a tile beside the first one
+        one, two = stages.index(0), stages.index(1)
+        part, other = one.slice(0, NARROW, dim=1), two.slice(0, NARROW, dim=1)
         gl.warp_specialize(
             [
-                (_multiply, (given, stages.index(0), ACTIVATION, GROUP_M, CONSUMERS, 0, PDL)),
-                (_multiply, (given, stages.index(1), ACTIVATION, GROUP_M, CONSUMERS, 1, PDL)),
+                (_multiply, (given, one, part, ACTIVATION, GROUP_M, CONSUMERS, WARPS, 0, PDL)),
+                (_multiply, (given, two, other, ACTIVATION, GROUP_M, CONSUMERS, WARPS, 1, PDL)),
                 (_ask, (descs, bars, buffers, sizes, GROUP_M, PDL)),
             ],
             [4, 1],
@@ -296,28 +304,27 @@ def product_by_roles(
         ``out``.
     """
     (M, K), N = x.shape, weight.shape[0]
-    added = (None, None) if residual is None else (_tiled(residual, WIDE), _tiled(residual, NARROW))
+    rows, narrow, consumers = (config.tiles[name] for name in ("BLOCK_M", "NARROW", "CONSUMERS"))
+    wide = config.tiles["BLOCK_N"] - narrow
+    factors = _described(x, rows, DEPTH), _described(weight, wide, DEPTH), _described(weight, narrow, DEPTH)
+    added = [None if residual is None else _described(residual, rows, part) for part in (wide, narrow)]
     launch(
         _linear_gluon_kernel,
-        (min(triton.cdiv(M, ROWS) * triton.cdiv(N, COLUMNS), processors(x.device)),),
-        *(_described(x, ROWS, DEPTH), _described(weight, WIDE, DEPTH), _described(weight, NARROW, DEPTH)),
-        *(*added, _tiled(out, WIDE), _tiled(out, NARROW)),
+        (min(triton.cdiv(M, rows) * triton.cdiv(N, wide + narrow), processors(x.device)),),
+        *(*factors, *added, _described(out, rows, wide), _described(out, rows, narrow)),
         *(bias, M, N, K, parameter),
         early=(weight,),
         num_warps=config.num_warps,
-        registers=REGISTERS,
+        registers=REGISTERS[config.num_warps * consumers],
         ACTIVATION=activation,
         GROUP_M=config.tiles["GROUP_M"],
-        CONSUMERS=config.tiles["CONSUMERS"],
+        CONSUMERS=consumers,
+        WARPS=config.num_warps,
         STAGES=config.num_stages,
         MULTIPLIES=MULTIPLIES,
         ASKS=ASKS,
     )
     return out
-
-
-def _tiled(x: torch.Tensor, columns: int) -> Any:
-    return _described(x, ROWS, columns)
 
 
 def _described(x: torch.Tensor, *block: int) -> Any:

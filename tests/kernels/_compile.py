@@ -25,7 +25,7 @@ from graphopt.kernels import _float8_triton
 from graphopt.kernels._compile import compiled
 from graphopt.kernels._float8_configs import float8_configs
 from graphopt.kernels._float8_triton import WITH_FLOAT8, float8_product
-from graphopt.kernels._linear_configs import Chip, linear_configs, roles
+from graphopt.kernels._linear_configs import Chip, linear_configs
 from graphopt.kernels._linear_triton import products
 from graphopt.kernels._triton import WITH_PDL, Gpu, Launch, recorded_launches, standing_in_for
 from graphopt.kernels._tuning import Config
@@ -104,14 +104,22 @@ def by_tma() -> Iterator[tuple[str, Launch]]:
 
 
 def with_roles() -> Iterator[tuple[str, Launch]]:
-    """Products whose warps have roles, with GELU, and with a residual."""
-    for consumers, (M, N, K) in ((1, (1024, 3072, 768)), (2, (12608, 3072, 768)), (2, (12608, 768, 3072))):
+    """Products whose warps have roles: the likeliest tiles, and with a residual."""
+    chip = Chip(132, 232448, wgmma=True)
+    for M, N, K in (
+        (1024, 2304, 768),
+        (1024, 3072, 768),
+        (1024, 768, 3072),
+        (12608, 3072, 768),
+        (12608, 768, 3072),
+    ):
+        added = M > 4096 and N < K
         x, weight, bias = (torch.randn(size).half() for size in ((M, K), (N, K), (N,)))
-        residual = torch.randn(M, N).half() if N < K else None
+        config = linear_configs(M, N, K, 2, chip, True, N < K, True, added)[0]
         with recorded_launches() as launches:
-            products(x, weight, roles(consumers), bias, "gelu" if N > K else "none", 1.0, residual)
-        added = ", residual" * (residual is not None)
-        yield f"_linear_gluon_kernel, {M}x{K} to {N}{added}, {consumers} consumers", launches[0]
+            residual = torch.randn(M, N).half() if added else None
+            products(x, weight, config, bias, "gelu" if N > K else "none", 1.0, residual)
+        yield f"_linear_gluon_kernel, {M}x{K} to {N}{', residual' * added}", launches[0]
 
 
 def float8_by_tma() -> Iterator[tuple[str, Launch]]:

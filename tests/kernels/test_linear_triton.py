@@ -47,7 +47,13 @@ TMA = [
 ]
 WHOLE = [pytest.param(c, id=named(c)) for c in POINTERS]
 WHOLE += [pytest.param(c, id=named(c), marks=needs_tma) for c in TMA]
-WITH_ROLES = [pytest.param(roles(n), id=f"{n} consumers", marks=needs_wgmma) for n in (1, 2)]
+ROLES = (
+    roles(128, 128, 64),
+    roles(128, 128, 64, 2),
+    roles(128, 128, 16, stages=5),
+    roles(64, 64, 32, stages=8),
+)
+WITH_ROLES = [pytest.param(config, id=named(config), marks=needs_wgmma) for config in ROLES]
 PARTS = [pytest.param(tiles(16, 32, 32, 4, 2, splits=s), id=f"{s} parts") for s in (2, 3, 7)]
 PARTS += [
     pytest.param(tma_tiles(64, 32, 32, 4, 2, s, tma=EACH), id=f"{s} by TMA", marks=needs_tma) for s in (2, 5)
@@ -216,8 +222,11 @@ def test_a_residual_leaves_no_room_for_the_largest_tile_of_a_resident_program() 
 @pytest.mark.parametrize(
     ("M", "N", "expected"),
     [
-        (1024, 3072, roles(1)),  # 128 tiles for 132 processors
-        (12608, 2304, roles(2)),  # nine for each
+        (1024, 3072, ROLES[0]),  # 128 tiles for 132 processors
+        (12608, 2304, ROLES[1]),  # nine for each
+        (1024, 2304, ROLES[2]),  # 128, where larger ones are 96
+        (1024, 768, ROLES[3]),  # 128
+        (4096, 768, ROLES[0]),  # 128; of the smallest, four for each
         (8832, 768, tma_tiles(128, 256, 64, 8, 3)),  # 276, three for some
     ],
 )
@@ -226,8 +235,8 @@ def test_warps_get_roles_where_their_tiles_take_the_fewest_rounds(M: int, N: int
     assert linear_configs(M, N, 768, 2, sm_90, True, False, False)[0] == expected
     for halves in (2, 4):
         found = linear_configs(M, N, 768, halves, sm_90, True, True, True, True)
-        assert (roles(1) in found) == (roles(2) in found) == (halves == 2)
-        assert len(found) <= 12
+        assert all((config in found) == (halves == 2) for config in ROLES)
+        assert len(found) <= 14
 
 
 @pytest.mark.parametrize(
