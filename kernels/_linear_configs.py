@@ -207,16 +207,15 @@ def _many_rows(M: int, N: int, itemsize: int, chip: Chip, tma: bool) -> tuple[Co
 def _with_roles(found: tuple[Config, ...], M: int, N: int, chip: Chip) -> tuple[Config, ...]:
     """With the tiles of warps that have roles: first, where the busiest processor has the least to do.
 
-    They do a tenth more in the same time; large ones in turns, where there are several for each.
+    They do a tenth more in the same time: large ones, by two groups in turns where there are several for
+    each, and smaller ones where there is one.
     """
     large, turns = roles(128, 128, 64), roles(128, 128, 64, consumers=2)
     several = _tiles(large, M, N) > chip.processors
-    given = [
-        *((turns, large) if several else (large, turns)),
-        roles(128, 128, 16, stages=5),
-        roles(64, 64, 32, stages=8),
-    ]
-    least = min(given, key=lambda config: _work(config, M, N, chip))
+    given = [turns, large] if several else [large, turns]
+    given += [roles(128, 128, 16, stages=5), roles(64, 64, 32, stages=8)]
+    fitting = [c for c in given if _tiles(c, M, N) <= chip.processors] or given[:1]
+    least = min(fitting, key=lambda config: _work(config, M, N, chip))
     given.remove(least)
     ahead = 0.9 * _work(least, M, N, chip) < min(_work(config, M, N, chip) for config in found)
     return (least, *given, *found) if ahead else (*found, least, *given)
