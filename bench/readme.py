@@ -86,17 +86,22 @@ def _table(suite: str) -> str:
 
 def _note(suite: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
-    packages = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino")
+    on_gpu = first["device"].startswith("cuda")
+    packages = ("torch", "triton") if on_gpu else ("torch", "onnxruntime-gpu", "onnxruntime", "openvino")
+    machine = (
+        f"an {first['device_name']}" if on_gpu else f"{first['threads']} threads of an {first['device_name']}"
+    )
+    commits = dict.fromkeys(f"{row['commit']}, {row['date']}" for row in rows)
     software = ", ".join(f"{p} {first['versions'][p]}" for p in packages if p in first["versions"])
     counts = sorted({2 * row["rounds_done"] for row in rows})
     calls = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     lost = sum(found["verdict"] == "slower" for row in rows for found in row["ratio"].values())
     total = sum(len(row["ratio"]) for row in rows)
     return (
-        f"Medians of {calls} interleaved calls in one process, on {first['threads']} threads of an"
-        f" {first['device_name']}; in brackets how many times as long as graphopt the peer's best mode takes,"
-        f" with the 95% interval, in italics where it is level: within the noise. Of {total} comparisons"
-        f" graphopt lost {lost}. {software}; commit {first['commit']}, {first['date']}."
+        f"Medians of {calls} interleaved calls in one process, on {machine}; in brackets how many times as"
+        " long as graphopt the peer's best mode takes, with the 95% interval, in italics where it is level:"
+        f" within the noise. Of {total} comparisons graphopt lost {lost}. {software}; commit"
+        f" {'; '.join(commits)}."
         f" Again: `python -m bench {suite}`."
     )
 

@@ -106,7 +106,16 @@ def _parameters(launch: Launch) -> tuple[int, ...]:
 
 
 def _flat(args: tuple[Any, ...]) -> list[Any]:
-    return [x for arg in args for x in (_flat(arg) if isinstance(arg, tuple) else [arg])]
+    """One item for every parameter; a descriptor is its tensor, followed by sizes and strides."""
+    flat: list[Any] = []
+    for arg in args:
+        if isinstance(arg, tuple):
+            flat += _flat(arg)
+        elif hasattr(arg, "block_shape"):
+            flat += [arg.base, *(2 * len(arg.block_shape) * [0])]
+        else:
+            flat.append(arg)
+    return flat
 
 
 def _source(launch: Launch, pdl: int) -> Any:

@@ -14,10 +14,12 @@ _WRITES = re.compile(
 )
 _BULK = re.compile(r"\bcp\.async\.bulk\.(?!wait|commit|prefetch)\S*")
 _BULK_STORE = re.compile(r"\bcp\.async\.bulk\.\S*global\.shared\S*")
+_JUMP_TABLE = ".branchtargets"
 _LABEL = re.compile(r"^(\$\w+):")
+_END = re.compile(r"\b(ret|exit|trap);")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)")
 _REGISTER = re.compile(r"%\w+")
-_PARAMETER = re.compile(r"\[\s*\w+_param_(\d+)")
+_PARAMETER = re.compile(r"\b\w+_param_(\d+)")
 _POINTER = re.compile(r"\.param \.u64 \.ptr \S+ .*?_param_(\d+)")
 # In machine code: the wait, and what reads or writes global memory; of shared memory LDS and STS do.
 _SASS_WAIT = "ACQBULK"
@@ -31,6 +33,8 @@ def hazards(kernel: Compiled) -> list[str]:
     waits = [place for place, line in enumerate(body) if _WAIT in line]
     if not waits:
         return ["the kernel never waits"]
+    if any("setmaxnreg" in line for line in body):
+        return [*_of_roles(kernel, body), *_open_stores(body), *_lost_waits(kernel.sass(), len(waits))]
     wait = waits[0]
     found = [*_ways_round(body, wait), *_early_accesses(kernel, body[:wait]), *_open_stores(body)]
     read = sum(1 for line in body[:wait] if _READS.search(line))
@@ -40,14 +44,68 @@ def hazards(kernel: Compiled) -> list[str]:
 def _instructions(ptx: str) -> list[str]:
     """Lines of code and labels; no comments, no directives."""
     lines = (line.split("//")[0].strip() for line in ptx.split("{", 1)[1].splitlines())
-    return [line for line in lines if line and not line.startswith(".")]
+    return [line for line in lines if line and (line[0] != "." or line.startswith(_JUMP_TABLE))]
+
+
+def _of_roles(kernel: Compiled, body: list[str]) -> Iterator[str]:
+    """What a kernel whose warps have roles does before a wait.
+
+    Its warps part at the first branch: some go on, and wait before they end; the others are sent to a role
+    each, and home when that is done. Until its own wait a role may only ask for weights, by TMA.
+    """
+    origins: dict[str, set[int]] = {}
+    for line in body:
+        _trace(line, origins)
+    parting = next(place for place, line in enumerate(body) if _BRANCH.search(line))
+    parted = [_before_a_wait(body, start) for start in _next(body, parting)]
+    for place in sorted(set().union(*parted)):
+        line = body[place]
+        asks = _BULK.search(line) and not _BULK_STORE.search(line)
+        if asks and _origins(line.split("[")[2].split(",")[0], origins) <= set(kernel.early):
+            continue
+        if _READS.search(line) or _WRITES.search(line) or _BULK.search(line):
+            yield f"before the wait: {line}"
+    if all(any(_END.search(body[place]) for place in reached) for reached in parted):
+        yield "an end before the wait, whichever way the warps go"
+    yield from (f"not every thread waits: {line}" for line in body if _WAIT in line and line.startswith("@"))
+
+
+def _before_a_wait(body: list[str], start: int) -> set[int]:
+    """The places that can be reached from one without a wait."""
+    reached: set[int] = set()
+    ways = [start]
+    while ways:
+        place = ways.pop()
+        if place not in reached and place < len(body) and _WAIT not in body[place]:
+            reached.add(place)
+            ways += _next(body, place)
+    return reached
+
+
+def _next(body: list[str], place: int) -> list[int]:
+    """Where a thread may be after an instruction."""
+    line = body[place]
+    labels = {match[1]: at for at, other in enumerate(body) if (match := _LABEL.match(other))}
+    if "brx.idx" in line:
+        table = next(at for at, other in enumerate(body) if _JUMP_TABLE in other)
+        last = next(at for at in range(table + 1, len(body)) if body[at].endswith(";"))
+        return [labels[name] for other in body[table + 1 : last + 1] for name in re.findall(r"\$\w+", other)]
+    ahead = [] if re.match(r"(ret|exit|trap|bra(\.uni)?)\b", line) else [place + 1]
+    return [*ahead, *(labels[jump[1]] for jump in [_BRANCH.search(line)] if jump)]
+
+
+def _lost_waits(sass: str, waits: int) -> Iterator[str]:
+    """That every role's wait is in the machine code."""
+    found = sum(_SASS_WAIT in line for line in sass.splitlines())
+    if found < waits:
+        yield f"the machine code waits {found} times, PTX {waits} times"
 
 
 def _ways_round(body: list[str], wait: int) -> Iterator[str]:
     """Ends and jumps that keep a thread from the wait, and loops around it."""
     labels = {match[1]: place for place, line in enumerate(body) if (match := _LABEL.match(line))}
     for place, line in enumerate(body):
-        if place < wait and re.search(r"\b(ret|exit|trap);", line):
+        if place < wait and _END.search(line):
             yield f"an end before the wait: {line}"
         if jump := _BRANCH.search(line):
             target = labels[jump[1]]

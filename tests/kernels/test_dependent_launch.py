@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import graphopt.kernels
-from graphopt.kernels import _triton
+from graphopt.kernels import _linear_gluon, _triton
 from graphopt.kernels._compile import Compiled, Usage
 from graphopt.kernels._triton import dependence, launch, prefetched_weights, recorded_launches
 from tests.kernels._dependence import hazards
@@ -78,7 +78,8 @@ def kernels() -> Iterator[Any]:
     for found in pkgutil.iter_modules(graphopt.kernels.__path__):
         path = importlib.import_module(f"graphopt.kernels.{found.name}").__file__
         for node in ast.parse(Path(str(path)).read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+            roles = "warp_specialize" in ast.unparse(node)
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and not roles:
                 yield pytest.param(node, id=node.name)
 
 
@@ -86,12 +87,32 @@ def kernels() -> Iterator[Any]:
 def test_a_kernel_waits_first_and_on_every_path(kernel: ast.FunctionDef) -> None:
     """``wait_for_all`` is its first statement; ``wait_for_inputs`` stands once, in no branch and no loop."""
     assert kernel.args.args[-1].arg == "PDL"
-    body = kernel.body[1:] if ast.get_docstring(kernel) else kernel.body
-    statements = [ast.unparse(statement) for statement in body]
+    statements = statements_of(kernel)
     assert statements[0] == "wait_for_all(PDL)"
     assert statements.count("wait_for_inputs(PDL)") == 1
     assert ast.unparse(kernel).count("wait_for_") == 2
     assert not any(isinstance(node, ast.Return) for node in ast.walk(kernel))
+
+
+def statements_of(function: ast.FunctionDef) -> list[str]:
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return [ast.unparse(statement) for statement in body]
+
+
+def test_every_role_waits_by_itself() -> None:
+    """What Gluon's kernel calls for all warps waits for nothing but all; each role for its inputs, once."""
+    functions = {
+        node.name: node
+        for node in ast.parse(Path(str(_linear_gluon.__file__)).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    kernel = functions["_linear_gluon_kernel"]
+    assert statements_of(kernel)[0] == "wait_for_all(PDL)"
+    assert ast.unparse(kernel).count("wait_for_") == 1
+    for role in ("_ask", "_multiply"):
+        assert f"({role}, " in ast.unparse(kernel)
+        assert statements_of(functions[role]).count("wait_for_inputs(PDL)") == 1
+        assert ast.unparse(functions[role]).count("wait_for_") == 1
 
 
 # What is found in code
@@ -157,6 +178,44 @@ def test_code_that_keeps_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broken_rule_is_found(ptx: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hazard, *_ = found(ptx, monkeypatch, SASS.replace("LDG", "MOV"))
     assert hazard.startswith(said)
+
+
+# Warps with roles: these go on, the others are sent to one that asks for weights, waits, and asks for rows
+PARTING = "	@%p1 bra $L1;\n	setmaxnreg.inc.sync.aligned.u32 240;\n"
+GO_ON = WAIT + "	st.global.b32 [%rd1], %r3;\n	bra.uni $L4;\n"
+SENT = "$L1:\n	$L_brx_0: .branchtargets\n		$L2,\n		$L4;\n	brx.idx %r3, $L_brx_0;\n$L2:\n"
+MOVE = "	cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r1], [{}, {{%r2}}], [%r4];\n"
+WEIGHTS, ROWS = MOVE.format("%rd2"), MOVE.format("%rd1")
+HOME = "	bra.uni $L1;\n$L4:\n	ret;\n}\n"
+TWO_WAITS = SASS + "        /*0050*/    ACQBULK ;\n"
+
+
+def test_roles_that_keep_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx = PARTING + GO_ON + SENT + WEIGHTS + WAIT + ROWS + HOME
+    assert found(ptx, monkeypatch, TWO_WAITS) == []
+
+
+@pytest.mark.parametrize(
+    ("ptx", "said"),
+    [
+        (PARTING + GO_ON + SENT + WEIGHTS + ROWS + WAIT + HOME, "before the wait: cp.async.bulk"),
+        (
+            PARTING + GO_ON + SENT + "	@%p2 bra $L5;\n" + WAIT + "$L5:\n" + ROWS + HOME,
+            "before the wait: cp",
+        ),
+        (PARTING + REST[:-7] + GO_ON + SENT + WAIT + ROWS + HOME, "before the wait: ld.global"),
+        (PARTING + "	@%p2 ret;\n" + GO_ON + SENT + WAIT + ROWS + HOME, "an end before the wait"),
+        (PARTING + GO_ON + SENT + "	@%p3" + WAIT + ROWS + HOME, "not every thread waits"),
+    ],
+)
+def test_a_rule_that_a_role_breaks_is_found(ptx: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hazard, *_ = found(ptx, monkeypatch, TWO_WAITS)
+    assert hazard.startswith(said)
+
+
+def test_a_wait_that_ptxas_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    (hazard,) = found(PARTING + GO_ON + SENT + WEIGHTS + WAIT + ROWS + HOME, monkeypatch, SASS)
+    assert hazard == "the machine code waits 1 times, PTX 2 times"
 
 
 @pytest.mark.parametrize(

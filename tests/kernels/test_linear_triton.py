@@ -220,22 +220,25 @@ def test_a_residual_leaves_no_room_for_the_largest_tile_of_a_resident_program() 
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "expected"),
+    ("M", "N", "K", "expected"),
     [
-        (1024, 3072, ROLES[0]),  # 128 tiles for 132 processors
-        (12608, 2304, ROLES[1]),  # nine for each
-        (1024, 2304, ROLES[2]),  # 128, where larger ones are 96
-        (1024, 768, ROLES[3]),  # 128
-        (4096, 768, ROLES[0]),  # 128; of the smallest, four for each
-        (8832, 768, tma_tiles(128, 256, 64, 8, 3)),  # 276, three for some
+        (1024, 3072, 768, ROLES[0]),  # 128 tiles for 132 processors
+        (12608, 2304, 768, ROLES[1]),  # nine for each
+        (1024, 2304, 768, ROLES[2]),  # 128, where larger ones are 96
+        (1024, 768, 3072, ROLES[3]),  # 128
+        (1024, 768, 768, tma_tiles(64, 128, 128, 4, 4)),  # too little for as many
+        (4096, 768, 768, ROLES[0]),  # 128; of the smallest, four for each
+        (8832, 768, 768, tma_tiles(128, 256, 64, 8, 3)),  # 276, three for some
     ],
 )
-def test_warps_get_roles_where_their_tiles_take_the_fewest_rounds(M: int, N: int, expected: Config) -> None:
+def test_warps_get_roles_where_the_busiest_has_the_least_to_do(
+    M: int, N: int, K: int, expected: Config
+) -> None:
     sm_90 = Chip(132, 227 * 1024, wgmma=True)
-    assert linear_configs(M, N, 768, 2, sm_90, True, False, False)[0] == expected
-    for halves in (2, 4):
-        found = linear_configs(M, N, 768, halves, sm_90, True, True, True, True)
-        assert all((config in found) == (halves == 2) for config in ROLES)
+    assert linear_configs(M, N, K, 2, sm_90, True, False, False)[0] == expected
+    for itemsize in (2, 4):
+        found = linear_configs(M, N, K, itemsize, sm_90, True, True, True, True)
+        assert all((config in found) == (itemsize == 2) for config in ROLES)
         assert len(found) <= 14
 
 
