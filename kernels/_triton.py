@@ -75,6 +75,7 @@ __all__ = [
     "standing_in_for",
     "tl",
     "triton",
+    "version",
     "wait_for_all",
     "wait_for_inputs",
 ]
@@ -311,6 +312,11 @@ def refuse(*tensors: torch.Tensor | None) -> str | None:
         return f"the inputs are on {devices[0]}, not on a GPU"
     have = capability(given[0].device)
     return None if have >= OLDEST else f"the GPU is sm_{have[0]}{have[1]}, before sm_80"
+
+
+def version() -> tuple[int, ...]:
+    """The version of Triton, (3, 9); (0, 0) without it."""
+    return (0, 0) if triton is None else tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def stand_in() -> Gpu | None:

@@ -31,6 +31,7 @@ from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._block_quantized_triton import block_quantized_product
 from graphopt.kernels._linear_triton import refuse_product
+from graphopt.kernels._triton import INTERPRETED, version
 from graphopt.kernels._onnx import Value, emit, linear, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
@@ -40,6 +41,10 @@ SCHEMA = (
 )
 _BITS = (4, 8)
 _LEAST_BLOCK = 16  # that ONNX Runtime has
+
+
+# Triton 3.6 gives each thread 8 numbers in a row of a product 16 deep, of which only 4 threads' share is there.
+WHOLE_BLOCKS = (3, 9)
 
 
 def _shape(
@@ -165,7 +170,10 @@ def _refuses(
     activation: str = "none",
     parameter: float = 1.0,
 ) -> str | None:
-    return refuse_product(x, weight, scale, bias)
+    reason = refuse_product(x, weight, scale, bias)
+    if reason is None and bits == 4 and weight.shape[2] == 8 and not INTERPRETED and version() < WHOLE_BLOCKS:
+        return "Triton before 3.9 lays out a product of 16 codes of 4 bits wrong"
+    return reason
 
 
 # Whether one node takes the packed weight; ONNX's own operators have to unpack it first.
