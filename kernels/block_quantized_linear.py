@@ -31,9 +31,9 @@ from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
 from graphopt.kernels._block_quantized_triton import block_quantized_product
 from graphopt.kernels._linear_triton import refuse_product
-from graphopt.kernels._triton import INTERPRETED, version
 from graphopt.kernels._onnx import Value, emit, linear, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
+from graphopt.kernels._triton import INTERPRETED, version
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, int bits, Tensor? bias=None, *, bool rounds_input=False,"
@@ -43,7 +43,7 @@ _BITS = (4, 8)
 _LEAST_BLOCK = 16  # that ONNX Runtime has
 
 
-# Triton 3.6 gives each thread 8 numbers in a row of a product 16 deep, of which only 4 threads' share is there.
+# Triton 3.6 gives every thread 8 numbers of a product that is 16 deep: there are some for two of four threads.
 WHOLE_BLOCKS = (3, 9)
 
 
