@@ -43,7 +43,7 @@ _BITS = (4, 8)
 _LEAST_BLOCK = 16  # that ONNX Runtime has
 
 
-# Triton 3.6 gives every thread 8 numbers of a product that is 16 deep: there are some for two threads in four.
+# Triton 3.6 gives each thread 8 numbers of a product that is 16 deep: there are some for two threads in four.
 WHOLE_BLOCKS = (3, 9)
 
 
