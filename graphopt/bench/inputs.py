@@ -1,10 +1,10 @@
-"""What a model is run on: ragged batches of realistic lengths, and other dtypes and devices."""
+"""What a model is run on: ragged batches, and other dtypes and devices."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from graphopt.errors import InputError
 _SIGMA = 0.6  # of the logarithm of sentence lengths in English prose: Williams, Biometrika 31 (1940)
 _Z95 = 1.645  # standard deviations from the median of a normal distribution to its 95th percentile
 _SHORTEST = 4  # tokens: a word between the marks of its ends, and a full stop
+_SHORTEST_UNIFORM = 16
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -45,16 +46,31 @@ def real_lengths(batch: int, seq: int, seed: int) -> list[int]:
     draw = random.Random(f"{seed}/{batch}/{seq}")
     median = math.log(seq) - _Z95 * _SIGMA
     drawn = [round(draw.lognormvariate(median, _SIGMA)) for _ in range(batch)]
-    lengths = [max(min(_SHORTEST, seq), min(seq, length)) for length in drawn]
-    lengths[max(range(batch), key=lengths.__getitem__)] = seq
+    return _filled([max(min(_SHORTEST, seq), min(seq, length)) for length in drawn], seq)
+
+
+def uniform_lengths(batch: int, seq: int, seed: int) -> list[int]:
+    """Lengths from 16 tokens to ``seq``, each as likely as any other; arguments and result as above."""
+    draw = random.Random(f"{seed}/{batch}/{seq}")
+    return _filled([draw.randint(min(_SHORTEST_UNIFORM, seq), seq) for _ in range(batch)], seq)
+
+
+def _filled(lengths: list[int], seq: int) -> list[int]:
+    """The longest is ``seq`` tokens long."""
+    lengths[max(range(len(lengths)), key=lengths.__getitem__)] = seq
     return lengths
 
 
-def padded(kwargs: Mapping[str, Any], draw_seed: int) -> tuple[dict[str, Any], list[int]]:
-    """Inputs whose sentences have real lengths; what lies behind a sentence's end is masked.
+# How a batch becomes ragged, by the name of it.
+DRAWS: Mapping[str, Callable[[int, int, int], list[int]]] = {"real": real_lengths, "uniform": uniform_lengths}
+
+
+def padded(kwargs: Mapping[str, Any], kind: str, draw_seed: int) -> tuple[dict[str, Any], list[int]]:
+    """Inputs whose sentences have lengths of their own; what lies behind a sentence's end is masked.
 
     Args:
         kwargs: hold an ``attention_mask`` of shape [batch, seq].
+        kind: a name in ``DRAWS``.
         draw_seed: of the lengths.
 
     Returns:
@@ -66,11 +82,11 @@ def padded(kwargs: Mapping[str, Any], draw_seed: int) -> tuple[dict[str, Any], l
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise InputError(
-            "--lengths real needs an input attention_mask of shape [batch, seq], and the model is given none",
+            f"--lengths {kind} needs an input attention_mask of shape [batch, seq], and the model has none",
             hint="let the factory return it among its keyword inputs, or leave --lengths out",
         )
     batch, seq = mask.shape
-    lengths = real_lengths(batch, seq, draw_seed)
+    lengths = DRAWS[kind](batch, seq, draw_seed)
     real = torch.arange(seq, device=mask.device) < torch.tensor(lengths, device=mask.device)[:, None]
     return {**kwargs, "attention_mask": real.to(mask.dtype)}, lengths
 

@@ -36,7 +36,7 @@ def pose(
         kwargs: its keyword inputs.
         device: where it shall be; "auto" leaves it.
         dtype: what its weights and floating inputs become; None leaves them.
-        lengths: "real" for a ragged batch; None leaves it.
+        lengths: "real" or "uniform" for a ragged batch; None leaves it.
         seed: of the lengths.
 
     Returns:
@@ -68,7 +68,7 @@ def pose(
         args, kwargs = moved((tuple(args), dict(kwargs)), where, wanted)
     ragged = None
     if lengths is not None:
-        kwargs, values = padded(kwargs, seed)
+        kwargs, values = padded(kwargs, lengths, seed)
         seq = kwargs["attention_mask"].shape[1]
         share = round(fill(values, seq), 3)
         ragged = {"kind": lengths, "fill": share, "values": values, "compared": "real tokens"}

@@ -20,7 +20,7 @@ class Case:
         spec: the model's SPEC.
         sizes: what its factory is asked for: ``batch``, ``seq``, and others that it takes.
         dtype: that model and inputs are cast to; None leaves them.
-        lengths: ``"real"`` for a ragged batch; None for a full one.
+        lengths: ``"real"`` or ``"uniform"`` for a ragged batch; None for a full one.
         device: "cpu", "cuda", "cuda:1"; "auto" for where the model is.
         seed: of PyTorch while the model is made, and of the lengths.
         label: what a suite calls it; "" for a name made of the others.

@@ -33,6 +33,7 @@ class Lengths(enum.StrEnum):
 
     full = "full"
     real = "real"
+    uniform = "uniform"
 
 
 def bench(
@@ -64,7 +65,10 @@ def bench(
         str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": where the model is.')
     ] = "auto",
     lengths: Annotated[
-        Lengths, typer.Option(help="real: a ragged batch, log-normal lengths of sentences, the rest masked.")
+        Lengths,
+        typer.Option(
+            help="A ragged batch, the rest masked. real: of sentences, log-normal; uniform: from 16 on."
+        ),
     ] = Lengths.full,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds a case at most, each of two calls a side.")] = 30,
     seconds: Annotated[
@@ -126,7 +130,7 @@ def bench(
             return
         setting = Setting(tuple(peers.named(against)), rounds, seconds, threads, limit or None)
         device_named(device)
-        ragged = lengths.value if lengths is Lengths.real else None
+        ragged = None if lengths is Lengths.full else lengths.value
         axes = _grid_sizes(batch, seq, sizes), _kinds(dtype, precision)
         cases = list(grid(specs or [], *axes, ragged, device, seed))
         run = run_cases(cases, setting, output, quiet=quiet, debug=debug)

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from graphopt.bench.inputs import dtype_named, fill, moved, padded, real_lengths
+from graphopt.bench.inputs import dtype_named, fill, moved, padded, real_lengths, uniform_lengths
 from graphopt.errors import InputError
 
 
@@ -28,9 +28,18 @@ def test_one_seed_gives_one_batch_and_its_longest_fills_it() -> None:
     assert real_lengths(1, 2, seed=0) == [2]
 
 
+def test_uniform_lengths_fill_a_bit_more_than_half() -> None:
+    drawn = uniform_lengths(20000, 512, seed=0)
+    assert (min(drawn), max(drawn)) == (16, 512)
+    assert fill(drawn, 512) == pytest.approx((16 + 512) / 2 / 512, rel=0.02)
+    assert uniform_lengths(8, 128, seed=3) == uniform_lengths(8, 128, seed=3)
+    assert all(max(uniform_lengths(3, 128, seed)) == 128 for seed in range(20))
+    assert uniform_lengths(1, 2, seed=0) == [2]
+
+
 def test_the_mask_ends_where_the_sentence_does() -> None:
     ids = torch.ones(4, 64, dtype=torch.long)
-    kwargs, lengths = padded({"attention_mask": ids.clone(), "scale": 2.0}, 0)
+    kwargs, lengths = padded({"attention_mask": ids.clone(), "scale": 2.0}, "real", 0)
     assert kwargs["attention_mask"].sum(1).tolist() == lengths
     assert kwargs["attention_mask"].dtype == torch.long
     assert kwargs["scale"] == 2.0
@@ -40,8 +49,8 @@ def test_the_mask_ends_where_the_sentence_does() -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"attention_mask": torch.ones(2, 1, 4, 4)}, {"attention_mask": None}])
 def test_without_a_mask_nothing_is_padded(kwargs: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="attention_mask"):
-        padded(kwargs, 0)
+    with pytest.raises(InputError, match="--lengths uniform needs an input attention_mask"):
+        padded(kwargs, "uniform", 0)
 
 
 def test_floating_tensors_are_cast_with_their_memory_format() -> None:
