@@ -67,7 +67,7 @@ _ATEN: dict[str, tuple[Callable[..., Any], TritonFace]] = {
     overload.overloadpacket.__name__: (overload, _aten.FACES[overload])
     for overload in (
         *(aten.layer_norm.default, aten.softmax.int),
-        *(aten.max_pool2d.default, aten.adaptive_avg_pool2d.default),
+        *(aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.cat.default),
     )
 }
 _ATEN["nonzero_static"] = _first_places, _aten.FACES[aten.nonzero_static.default]
@@ -188,7 +188,21 @@ def _pools() -> Iterator[Case]:
         yield Case("adaptive_avg_pool2d", f"{batch}x2048x7x7", images((2048, 7, 7), [1, 1]))
 
 
+def _side_by_side() -> Iterator[Case]:
+    def classed(device: torch.device, dtype: torch.dtype) -> Any:
+        first, patches = (torch.randn(n, device=device).to(dtype) for n in ((1, 1, 768), (64, 196, 768)))
+        return [first.expand(64, 1, 768), patches], 1
+
+    def skipped(device: torch.device, dtype: torch.dtype) -> Any:
+        images = (torch.randn(4, n, 64, 64, device=device).to(dtype) for n in (640, 320))
+        return [x.contiguous(memory_format=torch.channels_last) for x in images], 1
+
+    yield Case("cat", "64x1x768 and 64x196x768", classed)
+    yield Case("cat", "4x640x64x64 and 4x320x64x64, channels last", skipped)
+
+
 def _others() -> Iterator[Case]:
+    yield from _side_by_side()
     for batch, length in ((1, 128), (32, 128), (64, 512)):
 
         def embedded(

@@ -13,6 +13,7 @@ import torch
 
 from graphopt.ir.op import TritonFace, op_of
 from graphopt.kernels import conv_activation, linear_activation, pointwise, rms_norm
+from graphopt.kernels._cat_triton import cat, refuse_cat
 from graphopt.kernels._pool_triton import max_pool, mean_pool, refuse_max_pool, refuse_mean_pool
 from graphopt.kernels._rows import (
     centred_and_scaled,
@@ -220,6 +221,7 @@ FACES: dict[Any, TritonFace] = {
     aten.conv2d.default: conv_activation.FACE,  # its first seven
     aten.max_pool2d.default: TritonFace(max_pool, refuse_max_pool),
     aten.adaptive_avg_pool2d.default: TritonFace(mean_pool, refuse_mean_pool),
+    aten.cat.default: TritonFace(cat, refuse_cat),
     aten.layer_norm.default: TritonFace(_layer_norm, _layer_norm_refuses),
     aten.rms_norm.default: TritonFace(_rms_norm, _rms_norm_refuses),
     aten.softmax.int: TritonFace(_softmax, _softmax_refuses),
