@@ -232,17 +232,17 @@ def _run(*arguments: str, to: TextIO | None = None) -> None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table("case", "checks", "regression", "inconclusive", "pass", "ratio (locked)", "seconds")
+    shown = Table("case", "checks", "regression", "inconclusive", "pass", "ratio (locked)", "seconds")
     for row in rows:
         if "pass" in row:
             low, high = row["ratio_range"]
             ratio = f"{row['ratio']:.3f} in [{low:.3f}, {high:.3f}] ({row['ratio_locked']:.3f})"
             counts = [str(row[name]) for name in ("checks", "regression", "inconclusive", "pass")]
-            table.add_row(row["case"], *counts, ratio, f"{row['seconds_a_check']} a check")
+            shown.add_row(row["case"], *counts, ratio, f"{row['seconds_a_check']} a check")
         else:
             seconds = f"{row['seconds_from_nothing']} from nothing, {row['seconds_cached']} cached"
-            table.add_row(row["case"], str(row["checks"]), "", "", "", "", seconds)
-    Console().print(table)
+            shown.add_row(row["case"], str(row["checks"]), "", "", "", "", seconds)
+    Console().print(shown)
 
 
 def recorded() -> list[dict[str, Any]]:
