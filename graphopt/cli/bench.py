@@ -65,7 +65,7 @@ def bench(
         str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto": where the model is.')
     ] = "auto",
     lengths: Annotated[
-        Lengths, typer.Option(help="Ragged, the rest masked: real, as sentences are; uniform, from 16 tokens.")
+        Lengths, typer.Option(help="Ragged, the rest masked. real: as sentences are; uniform: from 16 on.")
     ] = Lengths.full,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds a case at most, each of two calls a side.")] = 30,
     seconds: Annotated[
