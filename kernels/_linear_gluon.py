@@ -42,10 +42,8 @@ except ImportError:  # no Triton, or one before its Gluon knew these
 
 AVAILABLE = gluon is not None
 DEPTH = 64  # of a step: 128 bytes, what TMA lays out for the tensor cores
-REGISTERS = {
-    8: 168,
-    4: 128,
-}  # of a thread when it starts, by warps that multiply; three or seven ask, or idle
+# Registers of a thread when it starts, by warps that multiply: they share 64 K with four that ask, or idle.
+REGISTERS = {8: 168, 4: 128}
 MULTIPLIES, ASKS = 240, 24  # of a thread of either role, which take and leave some of them
 
 
