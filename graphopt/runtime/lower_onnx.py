@@ -20,6 +20,7 @@ from graphopt.ir import provenance
 from graphopt.ir.graph import Graph, op_name
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.runtime.onnx_packing import pack_projections
+from graphopt.runtime.onnx_rows import keep_rows
 from graphopt.runtime.onnx_translation import quiet, translate
 
 # The residual norms, and which of their inputs is added to the sum. Their last outputs may be left out.
@@ -60,6 +61,7 @@ def to_onnx(graph: Graph) -> ir.Model:
     _share_transposed(model)
     if spelled(_NORM_ADDS_BIAS):
         _add_bias_in_norm(model)
+    keep_rows(model)
     _annotate(model, graph, names)
     return model
 
