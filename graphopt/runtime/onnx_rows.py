@@ -211,7 +211,7 @@ def _same_last(one: ir.Value, other: ir.Value) -> bool:
 def _matrix_shape(shape: ir.Shape) -> ir.Shape:
     rows = list(shape)[:-1]
     known = all(isinstance(size, int) for size in rows)
-    return ir.Shape([math.prod(rows) if known else None, shape[-1]])  # type: ignore[arg-type]
+    return ir.Shape([math.prod(rows) if known else None, shape[-1]])
 
 
 def _target(shape: ir.Shape) -> list[int] | None:
@@ -252,7 +252,7 @@ def _resulting(node: ir.Node) -> ir.Shape | None:
     if made.shape is not None:
         return made.shape
     given = _constant(node.inputs[1])
-    if given is None or value is None or node.attributes.get_int("allowzero", 0):
+    if given is None or value is None or node.attributes.get_int("allowzero", False):
         return None
     if value.shape is None:
         return None if 0 in given else ir.Shape([None if size == -1 else size for size in given])
