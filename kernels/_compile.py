@@ -94,7 +94,7 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> Compiled:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     binary = triton.compile(_source(launch, 2 if pdl else 0), target=target, options=options)
     registers, stack, local = _usage(binary.asm["cubin"])
-    usage = Usage(binary.metadata.shared, 32 * launch.num_warps, registers, stack, local)
+    usage = Usage(binary.metadata.shared, 32 * binary.metadata.num_warps, registers, stack, local)
     return Compiled(usage, binary.asm["ptx"], binary.asm["cubin"], _parameters(launch))
 
 
