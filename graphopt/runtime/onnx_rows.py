@@ -22,6 +22,7 @@ _ELEMENTWISE |= {"BiasGelu", "FastGelu", "QuickGelu"}
 # Norms of what lies in the last dimension; the inputs behind those with rows are vectors.
 _NORMS = frozenset(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"))
 _SKIP_NORMS = frozenset(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"))
+_DEEPEST = 64  # nodes between two products
 
 
 def keep_rows(model: ir.Model) -> None:
@@ -70,6 +71,7 @@ class _Rows:
         self._graph = graph
         self._matrices: dict[ir.Value, ir.Value] = {}
         self._moved: list[ir.Value] = []  # those that a node on matrices makes now
+        self._nothing: set[ir.Value] = set()  # what no matrix was found for
 
     def take(self, flatten: ir.Node) -> None:
         """Let who reads a flattened value read the matrix."""
@@ -82,33 +84,41 @@ class _Rows:
             self._matrices[value] = made
         else:
             ir.convenience.replace_all_uses_with(made, matrix)
+        self._nothing.clear()  # there may be, now
 
-    def _matrix(self, value: ir.Value) -> ir.Value | None:
+    def _matrix(self, value: ir.Value, depth: int = 0) -> ir.Value | None:
         """A value as a matrix, where one is there or can be made of one; None where there is none."""
-        if value in self._matrices:
-            return self._matrices[value]
+        if value in self._matrices or value in self._nothing:
+            return self._matrices.get(value)
+        found = self._made(value, depth) if depth < _DEEPEST else None
+        if found is None:
+            self._nothing.add(value)
+        else:
+            self._matrices[value] = found
+        return found
+
+    def _made(self, value: ir.Value, depth: int) -> ir.Value | None:
+        """A matrix that a value was reshaped from, or that its node makes over matrices."""
         node = value.producer()
         if node is None or value.shape is None:
             return None
         if node.op_type == "Reshape":
             source = node.inputs[0]
             assert source is not None
-            if source.shape is not None and len(source.shape) == 2 and _same_last(source, value):
-                self._matrices[value] = source
-                return source
-            return None
+            flat = source.shape is not None and len(source.shape) == 2 and _same_last(source, value)
+            return source if flat else None
         given = _row_inputs(node)
         if value is not node.outputs[0] or not given or any(out.is_graph_output() for out in node.outputs):
             return None
         if any(len(out.uses()) > 0 and not _alike(out, value) for out in node.outputs):
             return None
-        matrices = {place: self._matrix(node.inputs[place]) for place in given}  # type: ignore[arg-type]
+        sources: dict[int, ir.Value] = {place: node.inputs[place] for place in given}  # type: ignore[misc]
+        matrices = {place: self._matrix(source, depth + 1) for place, source in sources.items()}
         if all(matrix is None for matrix in matrices.values()):
             return None
         for place, matrix in matrices.items():
             if matrix is None:
-                source = node.inputs[place]
-                assert source is not None
+                source = sources[place]
                 matrices[place] = self._matrices[source] = self._flat(source, node)
         self._move(node, matrices)
         return self._matrices[value]

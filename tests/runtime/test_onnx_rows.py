@@ -152,6 +152,16 @@ def test_sizes_without_a_name_are_taken_for_no_others() -> None:
     assert Counter(node.op_type for node in changed.graph)["Reshape"] == 3
 
 
+def test_long_chains_are_walked_once() -> None:
+    """Each sum has two ways to the one before: 2 ** 300 in all, and 300 deep."""
+    steps = " ".join(f"s{i + 1} = Add(s{i}, s{i})" for i in range(300))
+    body = f"s0 = Softmax <axis = 1> (x) {steps} u = Reshape(s300, flat) z = Gemm(u, w)"
+    model = parsed("float[2,3,4] x", "float[6,4] z", body)
+    changed = ir.from_proto(model)
+    keep_rows(changed)
+    assert Counter(node.op_type for node in changed.graph) == counts(model)
+
+
 class Block(torch.nn.Module):
     """A projection, GELU, another one, and the sum and the norm after it."""
 
