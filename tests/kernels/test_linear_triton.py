@@ -220,6 +220,24 @@ def test_a_residual_leaves_no_room_for_the_largest_tile_of_a_resident_program() 
 
 
 @pytest.mark.parametrize(
+    ("M", "K", "wgmma", "cublas"),
+    [
+        (12608, 768, True, False),
+        (12608, 3072, True, True),
+        (12608, 768, False, True),
+        (1024, 3072, True, False),
+    ],
+)
+def test_a_product_that_a_norm_follows_is_cublass_where_that_is_faster(
+    M: int, K: int, wgmma: bool, cublas: bool
+) -> None:
+    chip = Chip(132, 227 * 1024, wgmma)
+    found = linear_configs(M, 768, K, 2, chip, True, True, True, M >= 4096)
+    assert (found[0] == BY_CUBLAS) == cublas
+    assert BY_CUBLAS in found
+
+
+@pytest.mark.parametrize(
     ("M", "N", "K", "expected"),
     [
         (1024, 3072, 768, ROLES[0]),  # 128 tiles for 132 processors
