@@ -124,9 +124,9 @@ def linear_configs(
     fitting = tuple(config for config in found if _shared(config, itemsize, residual=residual) <= chip.shared)
     if not finished:
         return fitting
-    # Many rows keep cuBLAS busier than most tiles here, and a norm reads the product from L2 either way. Warps
-    # with roles add the residual as well: (12608, 768) to 768 and the norm take 46.5 us, with cuBLAS 51.1, but
-    # (12608, 3072) to 768 113 and 110.
+    # Many rows keep cuBLAS busier than most tiles here, and a norm reads the product from L2 either way.
+    # Warps with roles add the residual as well: (12608, 768) to 768 and the norm take 46.5 us, with cuBLAS
+    # 51.1, but (12608, 3072) to 768 113 and 110.
     by_cublas = then_summed and M >= MANY_ROWS and (fitting[0].tiles["TMA"] != ROLES or K >= 2048)
     return (BY_CUBLAS, *fitting) if by_cublas else (*fitting, BY_CUBLAS)
 
