@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
-from graphopt.runtime.measure import Timing, interleaved
+from graphopt.runtime.measure import HOPELESS, Timing, interleaved
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
 from graphopt.runtime.scheduling.arrange import arranged
@@ -45,6 +45,7 @@ class Candidate:
         node_times: a row a node, slowest first.
         chosen: it is what runs.
         judge: what its outputs are held against; None for what all others are.
+        deeper: makes the same way compiled for longer, which is worth it where this one is not hopeless.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Candidate:
     node_times: Sequence[NodeTime] = ()
     chosen: bool = field(default=False)
     judge: Judge | None = None
+    deeper: Callable[[], Candidate] | None = None
 
     def drop(self, reason: str, remarks: Remarks) -> None:
         """Take it out of the race, and say why."""
@@ -113,24 +115,17 @@ def choose(
     Raises:
         LoweringError: no candidate gives the right answer.
     """
-    for candidate in candidates:
-        if candidate.plan is not None:
-            _check(candidate, candidate.plan, inputs, reference, remarks)
-        if candidate.plan is not None and require_cuda_graph:
-            outside = _outside(candidate.plan, remarks)
-            if outside:
-                candidate.drop(f"outside CUDA graphs are {outside}", remarks)
-    right = [candidate for candidate in candidates if candidate.plan is not None]
+    right = _right(candidates, inputs, reference, remarks, require_cuda_graph)
     if not right:
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
         raise LoweringError(f"no executor gives the right answer: {reasons}")
     best = right[0]
     if timed:
-        runs = [_runner(candidate.plan, inputs) for candidate in right if candidate.plan is not None]
-        timings = interleaved(runs, seconds=_SECONDS, device=target.device)
-        for candidate, timing in zip(right, timings, strict=True):
-            candidate.timing = timing
-        best = right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
+        best = _fastest(right, inputs, target)
+        more = [candidate.deeper() for candidate in _near(right, best, remarks) if candidate.deeper]
+        candidates = [*candidates, *more]
+        right += _right(more, inputs, reference, remarks, require_cuda_graph)
+        best = _fastest(right, inputs, target) if more else best
         _compare_mixed(right, best, remarks)
     best.chosen = True
     assert best.plan is not None
@@ -146,6 +141,48 @@ def choose(
         for note in step.program.notes():
             remarks.add(note.kind, step.executor, note.node, note.reason)
     return Choice(candidates)
+
+
+def _right(
+    candidates: Sequence[Candidate],
+    inputs: Sequence[torch.Tensor],
+    reference: Reference,
+    remarks: Remarks,
+    require_cuda_graph: bool,
+) -> list[Candidate]:
+    """Those that give the right answer, in CUDA graphs where these are required; the others are dropped."""
+    for candidate in candidates:
+        if candidate.plan is not None:
+            _check(candidate, candidate.plan, inputs, reference, remarks)
+        if candidate.plan is not None and require_cuda_graph:
+            outside = _outside(candidate.plan, remarks)
+            if outside:
+                candidate.drop(f"outside CUDA graphs are {outside}", remarks)
+    return [candidate for candidate in candidates if candidate.plan is not None]
+
+
+def _fastest(right: Sequence[Candidate], inputs: Sequence[torch.Tensor], target: Target) -> Candidate:
+    """Time candidates against each other, and return the fastest."""
+    runs = [_runner(candidate.plan, inputs) for candidate in right if candidate.plan is not None]
+    timings = interleaved(runs, seconds=_SECONDS, device=target.device)
+    for candidate, timing in zip(right, timings, strict=True):
+        candidate.timing = timing
+    return right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
+
+
+def _near(right: Sequence[Candidate], best: Candidate, remarks: Remarks) -> list[Candidate]:
+    """Those that a deeper compilation might make the fastest; of the others a remark."""
+    found = []
+    for candidate in right:
+        if candidate.deeper is None or candidate.timing is None or best.timing is None:
+            continue
+        ratio = candidate.timing.median_ms / best.timing.median_ms
+        if ratio <= HOPELESS:
+            found.append(candidate)
+        else:
+            beside = f"it takes {ratio:.1f} times as long as {best.name}"
+            remarks.add("analysis", "candidates", None, f"{candidate.name} is not tuned for longer: {beside}")
+    return found
 
 
 def _compare_mixed(candidates: Sequence[Candidate], best: Candidate, remarks: Remarks) -> None:

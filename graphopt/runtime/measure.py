@@ -12,7 +12,7 @@ from graphopt.runtime.rounds import Clock, clock_of, interleave
 
 _WARM_UP = 2
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 25  # each of two calls of a candidate
-_HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
+HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _interleaved(candidates: Sequence[Callable[[], object]], seconds: float, clo
     sides = dict(zip(names, candidates, strict=True))
     times = {name: [clock(sides[name]) for _ in range(_WARM_UP)] for name in names}
     best = min(map(min, times.values()))
-    hopeful = {name: sides[name] for name in names if min(times[name]) <= _HOPELESS * best}
+    hopeful = {name: sides[name] for name in names if min(times[name]) <= HOPELESS * best}
     cost = 4 * sum(min(times[name]) for name in hopeful) / 1e3
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
     times |= interleave(hopeful, rounds, clock=clock, warm_up=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from graphopt.compiler.cost import graph_milliseconds
@@ -53,10 +54,20 @@ def plan_candidates(
     if other is not None and _is_here(other, target, remarks):
         candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
     if compile_too:
-        candidates.append(_way("inductor", rewritten, ("inductor", "eager"), target, remarks, effort))
+        candidates.append(_on_inductor(rewritten, target, remarks, effort))
     for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
         candidates.append(_way(name, graph, ("eager",), target, remarks, effort))
     return [*candidates, *across] if timed else [*across, *candidates]
+
+
+def _on_inductor(graph: Graph, target: Target, remarks: Remarks, effort: str) -> Candidate:
+    """The way to run it on Inductor: on a GPU without its search for kernels first, which takes minutes."""
+    found = merged(cut(graph, find_executors(("inductor", "eager")), target, remarks), target, effort)
+    if target.device.type == "cpu":
+        return _compiled("inductor", found, target, remarks, effort)
+    candidate = _compiled("inductor", found, target, remarks, "fast")
+    candidate.deeper = lambda: _compiled("inductor (max-autotune)", found, target, remarks, effort)
+    return candidate
 
 
 def _native_name(target: Target) -> str:
@@ -113,15 +124,24 @@ def narrowed_candidates(
         ways = [("cuda", "eager"), ("eager",)]  # Inductor sees the reference, which multiplies in float32
     else:
         ways = [("cuda", "eager"), ("inductor", "eager"), ("eager",)]
-    candidates = []
-    for order in ways:
-        name = " + ".join(order) if executors is not None else order[0]
+
+    def way(order: Sequence[str], name: str, effort: str) -> Candidate:
         candidate = Candidate(f"{name} ({precision})", graph, None, judge=judge())
-        candidates.append(candidate)
         try:
             candidate.plan = partition(graph, find_executors(order), target, remarks, effort)
         except GraphoptError as error:
             candidate.drop(error.message, remarks)
+        return candidate
+
+    if executors is not None:
+        return [way(order, " + ".join(order), effort) for order in ways]
+    candidates = []
+    for order in ways:
+        in_two_steps = order[0] == "inductor" and target.device.type != "cpu"
+        candidate = way(order, order[0], "fast" if in_two_steps else effort)
+        if in_two_steps and effort == "measured":
+            candidate.deeper = functools.partial(way, order, f"{order[0]}, max-autotune", effort)
+        candidates.append(candidate)
     return candidates
 
 
