@@ -83,7 +83,9 @@ def main(arguments: list[str]) -> None:
                 rows.append(_experiment("A/A, every core busy", lock, given.checks, given))
     _print(rows)
     if not given.dry:
-        _record(rows, ["python", "-m", "bench", "gate", *arguments])
+        folder_of_this_machine = ("--journal", str(given.journal))
+        words = [word for word in arguments if word not in folder_of_this_machine]
+        _record(rows, ["python", "-m", "bench", "gate", *words])
 
 
 @contextlib.contextmanager
