@@ -83,9 +83,8 @@ def main(arguments: list[str]) -> None:
                 rows.append(_experiment("A/A, every core busy", lock, given.checks, given))
     _print(rows)
     if not given.dry:
-        folder_of_this_machine = ("--journal", str(given.journal))
-        words = [word for word in arguments if word not in folder_of_this_machine]
-        _record(rows, ["python", "-m", "bench", "gate", *words])
+        command = " ".join(["python -m bench gate", *arguments])
+        _record(rows, re.sub(r" --journal[= ]\S+", "", command))  # a folder of this machine
 
 
 @contextlib.contextmanager
@@ -274,7 +273,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*table(head, cells), "", note, ""])
 
 
-def _record(rows: list[dict[str, Any]], command: list[str]) -> None:
+def _record(rows: list[dict[str, Any]], command: str) -> None:
     path, old = RESULTS / "gate.jsonl", recorded()
     new = {row["case"] for row in rows}
     context = {
@@ -282,7 +281,7 @@ def _record(rows: list[dict[str, Any]], command: list[str]) -> None:
         "versions": versions(),
         "commit": commit(_ROOT),
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(command),
+        "command": command,
     }
     kept = [row for row in old if row["case"] not in new]
     path.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *({**row, **context} for row in rows))))

@@ -140,13 +140,15 @@ class OptimizedModel(torch.nn.Module):
         ):
             if not value >= least:
                 raise InputError(f"{name}={value} is too small", hint=f"{least} or above")
+        on_gpu = self.plan.device.type == "cuda"  # whose graphs are those of a shape, padding included
+        one_bucket = self.plan.padded is not None and not on_gpu
         batcher = Batcher(
             lambda tensors: scheduler.run(self.plan, tensors),
-            layout_of(self._sizes, batch, buckets, pad or {}),
+            layout_of(self._sizes, batch, buckets, pad or {}, one_bucket=one_bucket),
             self._calling.check_relations,
             floor_ulps=2 * MODEL_FLOOR_ULPS,  # either of two runs may err so much, in opposite directions
             verify=verify,
-            to_bucket=self.plan.device.type == "cuda",
+            to_bucket=on_gpu,
             max_batch=max_batch,
         )
         face = Face(self._calling.flatten, self._calling.unflatten, self.plan.device)

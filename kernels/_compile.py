@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphopt.kernels._triton import WITH_PDL, Launch, triton
+from graphopt.kernels._triton import WITH_PDL, Launch, launch_options, triton
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -83,16 +83,10 @@ def compiled(launch: Launch, capability: tuple[int, int]) -> Compiled:
     """
     from triton.backends.compiler import GPUTarget
 
-    pdl = capability >= WITH_PDL
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "launch_pdl": pdl,
-        "enable_fp_fusion": True,
-        **({} if launch.registers is None else {"maxnreg": launch.registers}),
-    }
+    pdl = 2 if capability >= WITH_PDL else 0
+    options = launch_options(pdl, launch.num_warps, launch.num_stages, launch.registers)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    binary = triton.compile(_source(launch, 2 if pdl else 0), target=target, options=options)
+    binary = triton.compile(_source(launch, pdl), target=target, options=options)
     registers, stack, local = _usage(binary.asm["cubin"])
     usage = Usage(binary.metadata.shared, 32 * binary.metadata.num_warps, registers, stack, local)
     return Compiled(usage, binary.asm["ptx"], binary.asm["cubin"], _parameters(launch))

@@ -180,21 +180,18 @@ def launch(
         recorded.append(Launch(kernel, grid, args, constants, num_warps, num_stages, read, registers))
         return
     device = device_of(args)
-    options = launch_options(device, read, num_warps, num_stages, registers)
+    pdl = dependence(device, read)
+    options = launch_options(pdl, num_warps, num_stages, registers)
     here = device.type != "cuda" or device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        started = kernel[grid](*args, **constants, **options)
+        started = kernel[grid](*args, **constants, PDL=pdl, **options)
         if started is not None:  # nothing is compiled for the interpreter
             prefer_shared_memory(started.function)
 
 
-def launch_options(
-    device: torch.device, early: Any, num_warps: int, num_stages: int, registers: int | None = None
-) -> dict[str, Any]:
-    """What a launch says beside its arguments and its own constants."""
-    pdl = dependence(device, early)
+def launch_options(pdl: int, num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
+    """What the compiler is told of a launch beside its arguments and constants; ``PDL`` is one of these."""
     return {
-        "PDL": pdl,
         "num_warps": num_warps,
         "num_stages": num_stages,
         "launch_pdl": pdl > 0,

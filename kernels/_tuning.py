@@ -31,6 +31,7 @@ from graphopt.kernels._replay import captured, replayed
 from graphopt.kernels._triton import (
     INTERPRETED,
     Launch,
+    dependence,
     device_of,
     launch_options,
     recorded_launches,
@@ -274,9 +275,10 @@ def compile_ahead(launches: Sequence[Launch]) -> None:
         triton.AsyncCompileMode(pool, ignore_errors=True),
     ):
         for each in on_gpu:
-            options = launch_options(device, each.early, each.num_warps, each.num_stages, each.registers)
+            pdl = dependence(device, each.early)
+            options = launch_options(pdl, each.num_warps, each.num_stages, each.registers)
             with contextlib.suppress(Exception):
-                each.kernel.warmup(*each.args, grid=each.grid, **each.constants, **options)
+                each.kernel.warmup(*each.args, grid=each.grid, **each.constants, PDL=pdl, **options)
 
 
 @contextmanager

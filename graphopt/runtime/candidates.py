@@ -122,7 +122,7 @@ def choose(
     best = right[0]
     if timed:
         best = _fastest(right, inputs, target)
-        more = [candidate.deeper() for candidate in _near(right, best, remarks) if candidate.deeper]
+        more = _deeper(right, best, remarks)
         candidates = [*candidates, *more]
         right += _right(more, inputs, reference, remarks, require_cuda_graph)
         best = _fastest(right, inputs, target) if more else best
@@ -170,19 +170,19 @@ def _fastest(right: Sequence[Candidate], inputs: Sequence[torch.Tensor], target:
     return right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
 
 
-def _near(right: Sequence[Candidate], best: Candidate, remarks: Remarks) -> list[Candidate]:
-    """Those that a deeper compilation might make the fastest; of the others a remark."""
-    found = []
+def _deeper(right: Sequence[Candidate], best: Candidate, remarks: Remarks) -> list[Candidate]:
+    """Deeper compilations of those that one might make the fastest; of the others a remark."""
+    made = []
     for candidate in right:
         if candidate.deeper is None or candidate.timing is None or best.timing is None:
             continue
         ratio = candidate.timing.median_ms / best.timing.median_ms
         if ratio <= HOPELESS:
-            found.append(candidate)
+            made.append(candidate.deeper())
         else:
             beside = f"it takes {ratio:.1f} times as long as {best.name}"
             remarks.add("analysis", "candidates", None, f"{candidate.name} is not tuned for longer: {beside}")
-    return found
+    return made
 
 
 def _compare_mixed(candidates: Sequence[Candidate], best: Candidate, remarks: Remarks) -> None:

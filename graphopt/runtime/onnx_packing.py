@@ -110,7 +110,7 @@ def _pack(
     found.gemm.replace_input_with(1, weights[weight, found.heads])
     found.gemm.resize_inputs(2)
     sizes = [0, 0, found.heads, 3, found.features]
-    shape = _initializer(graph, f"packed_{found.heads}x3x{found.features}", ir.tensor(sizes))
+    shape = initializer(graph, f"packed_{found.heads}x3x{found.features}", ir.tensor(sizes))
     apart = ir.node("Reshape", [found.split.inputs[0], shape], metadata_props=dict(attention.metadata_props))
     apart.outputs[0].name = f"{attention.outputs[0].name}_packed"
     apart.outputs[0].type = found.split.outputs[0].type
@@ -124,10 +124,11 @@ def _head_by_head(graph: ir.Graph, weight: ir.Value, heads: int) -> ir.Value:
     """A weight of Q's, K's and V's rows as one of each head's Q, K and V."""
     raw: torch.Tensor = weight.const_value.raw  # type: ignore[union-attr]
     rows = raw.detach().reshape(3, heads, -1, raw.shape[1]).transpose(0, 1).reshape(raw.shape)
-    return _initializer(graph, f"{weight.name}_by_head", ir.tensor(rows.contiguous()))
+    return initializer(graph, f"{weight.name}_by_head", ir.tensor(rows.contiguous()))
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer of a name: the one that is there, or a new one of this tensor."""
     if name not in graph.initializers:
         value = ir.Value(
             name=name,

@@ -9,10 +9,11 @@ norm. A Reshape moves nothing, but ONNX Runtime runs it: of a layer of BERT's 16
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes import common
+
+from graphopt.runtime.onnx_packing import initializer
 
 # What is done element by element; of its inputs some have rows, the others one element or a vector of them.
 _ELEMENTWISE = frozenset(
@@ -233,8 +234,7 @@ def _target(shape: ir.Shape) -> list[int] | None:
 def _join(graph: ir.Graph, node: ir.Node) -> None:
     """Reshape what a chain of them began with, or read it where it has the shape already."""
     value, made = node.inputs[0], node.outputs[0]
-    shape = _resulting(node)
-    source = next(iter(reversed(list(_reshaped_from(value)))), None)
+    shape, source = _resulting(node), _origin(value)
     if shape is None or source is None or (source is value and source.shape is None):
         return
     if source.shape is not None and _same(source.shape, shape) and not made.is_graph_output():
@@ -248,12 +248,14 @@ def _join(graph: ir.Graph, node: ir.Node) -> None:
     node.attributes.pop("allowzero", None)
 
 
-def _reshaped_from(value: ir.Value | None) -> Iterator[ir.Value]:
-    """A value, what it was reshaped from, and so on."""
+def _origin(value: ir.Value | None) -> ir.Value | None:
+    """What a value was reshaped from at first; itself where it was not."""
     while value is not None:
-        yield value
         node = value.producer()
-        value = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+        if node is None or node.op_type != "Reshape" or node.inputs[0] is None:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def _resulting(node: ir.Node) -> ir.Shape | None:
@@ -298,10 +300,4 @@ def _reshaped(graph: ir.Graph, value: ir.Value, sizes: list[int], before: ir.Nod
 
 def _sizes(graph: ir.Graph, sizes: list[int]) -> ir.Value:
     """An initializer of these sizes."""
-    name = f"sizes_{'x'.join(map(str, sizes))}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
-        value = ir.Value(name=name, shape=ir.Shape([len(sizes)]), type=ir.TensorType(ir.DataType.INT64))
-        value.const_value = tensor
-        graph.initializers.add(value)
-    return graph.initializers[name]
+    return initializer(graph, f"sizes_{'x'.join(map(str, sizes))}", ir.tensor(sizes, dtype=ir.DataType.INT64))

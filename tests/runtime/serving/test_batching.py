@@ -67,9 +67,16 @@ def test_an_encoder_is_batched_and_padded(embedder: Any) -> None:
     answers, stats = together(embedder, requests)
     for request, answer in zip(requests, answers, strict=True):
         same(answer, embedder(*request))
-    assert stats["batch_rows"] == {1: 1, 5: 1}
+    assert stats["batch_rows"] == {6: 1}
     assert stats["padding"] > 0
     assert stats["remarks"] == []
+
+
+def test_where_padding_is_removed_all_lengths_share_a_batch_unless_edges_are_given(embedder: Any) -> None:
+    assert embedder.plan.padded is not None
+    requests = [(tokens(1, n, seed=n), padding((n,), n)) for n in (3, 5, 16, 9, 7, 30)]
+    _, stats = together(embedder, requests, buckets=(16, 32))
+    assert stats["batch_rows"] == {1: 1, 5: 1}
 
 
 def test_results_of_padded_requests_have_their_own_lengths() -> None:
