@@ -10,6 +10,7 @@ import torch
 from rich.table import Column, Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.markdown import table as markdown_table
 from bench.models import encoder
 from graphopt.bench.case import context
 from graphopt.capture.export import capture_any
@@ -125,14 +126,28 @@ def _call(plan: Plan, inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
     return lambda: scheduler.run(plan, inputs)
 
 
+_SHOWN = "case", "regions", "ms", "times the whole", "95 % interval", "copies"
+
+
+def cells(row: dict[str, Any]) -> list[list[str]]:
+    """What ``_SHOWN`` names, a line for each side of a row."""
+    lines = []
+    for name, times in row["ms"].items():
+        found = row["times_the_whole"].get(name)
+        beside = ("", "") if found is None else (f"{found['ratio']}", f"{found['low']} to {found['high']}")
+        lines.append([row["case"], name, f"{times['median']}", *beside, str(row["copies"].get(name, ""))])
+    return lines
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows as a table: a line a side, with its time beside the whole's."""
-    made = Table(Column("case", no_wrap=True), "regions", "ms", "times the whole", "95 % interval", "copies")
+    made = Table(Column("case", no_wrap=True), *_SHOWN[1:])
     for row in rows:
-        for name, times in row["ms"].items():
-            beside = row["times_the_whole"].get(name)
-            cells = (
-                ("", "") if beside is None else (f"{beside['ratio']}", f"{beside['low']} to {beside['high']}")
-            )
-            made.add_row(row["case"], name, f"{times['median']}", *cells, str(row["copies"].get(name, "")))
+        for line in cells(row):
+            made.add_row(*line)
     return made
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as lines of Markdown."""
+    return markdown_table(_SHOWN, (line for row in rows for line in cells(row)))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, gate
+from bench import RESULTS, crossings, gate, serving
 from bench.markdown import table
 from graphopt.bench.rows import read
 from graphopt.bench.summary import floor, measured, peers
@@ -18,6 +20,7 @@ from graphopt.observe.summary import ms
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 _BENCH = re.compile(r"(<!-- bench:(?P<suite>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_ORT = "onnxruntime-gpu", "onnxruntime", "openvino"
 _EXAMPLE = re.compile(r"(<!-- example:(?P<name>\w+) -->\n).*?(<!-- /example -->)", re.DOTALL)
 
 
@@ -60,6 +63,9 @@ def _table(suite: str) -> str:
     """A suite's recorded rows as Markdown, with where and how they were measured."""
     if suite == "gate":
         return gate.markdown(gate.recorded())
+    if suite in _OF_THEIR_OWN:
+        rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+        return "\n".join([*_OF_THEIR_OWN[suite](rows), "", _where(suite, rows), ""])
     rows = measured(read(RESULTS / f"{suite}.jsonl"))
     names = peers(rows)
     head = [
@@ -84,15 +90,42 @@ def _table(suite: str) -> str:
     return "\n".join([*table(head, cells), "", _note(suite, rows), ""])
 
 
+# Suites whose rows are not of sides against each other, and what makes Markdown of them.
+_OF_THEIR_OWN: dict[str, Callable[[list[dict[str, Any]]], list[str]]] = {
+    "crossings": crossings.markdown,
+    "serve": serving.markdown,
+}
+
+
+def _where(suite: str, rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    software = _software(first, ("torch", *_ORT))
+    return (
+        f"On {first['threads']} threads of an {first['device_name']}. {software}; commit {_commits(rows)}."
+        f" Again: `python -m bench {suite}`."
+    )
+
+
+def _software(row: dict[str, Any], packages: Sequence[str]) -> str:
+    """Packages with their versions; of ONNX Runtime's two the one that is loaded where both are there."""
+    found = {name: row["versions"][name] for name in packages if name in row["versions"]}
+    if "onnxruntime-gpu" in found:
+        found.pop("onnxruntime", None)
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _commits(rows: list[dict[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(f"{row['commit']}, {row['date']}" for row in rows))
+
+
 def _note(suite: str, rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     on_gpu = first["device"].startswith("cuda")
-    packages = ("torch", "triton") if on_gpu else ("torch", "onnxruntime-gpu", "onnxruntime", "openvino")
     machine = (
         f"an {first['device_name']}" if on_gpu else f"{first['threads']} threads of an {first['device_name']}"
     )
-    commits = dict.fromkeys(f"{row['commit']}, {row['date']}" for row in rows)
-    software = ", ".join(f"{p} {first['versions'][p]}" for p in packages if p in first["versions"])
+    runs_onnx = not on_gpu or "onnxruntime" in peers(rows)
+    software = _software(first, ("torch", *(["triton"] if on_gpu else []), *(_ORT if runs_onnx else ())))
     counts = sorted({2 * row["rounds_done"] for row in rows})
     calls = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     lost = sum(found["verdict"] == "slower" for row in rows for found in row["ratio"].values())
@@ -101,7 +134,7 @@ def _note(suite: str, rows: list[dict[str, Any]]) -> str:
         f"Medians of {calls} interleaved calls in one process, on {machine}; in brackets how many times as"
         " long as graphopt the peer's best mode takes, with the 95% interval, in italics where it is level:"
         f" within the noise. Of {total} comparisons graphopt lost {lost}. {software}; commit"
-        f" {'; '.join(commits)}."
+        f" {_commits(rows)}."
         f" Again: `python -m bench {suite}`."
     )
 

@@ -28,6 +28,7 @@ from rich.console import Group
 from rich.table import Table
 
 import graphopt
+from bench.markdown import table as markdown_table
 from bench.models import minilm
 from graphopt.bench.case import context
 from graphopt.errors import DeadlineError
@@ -284,21 +285,39 @@ CASES: dict[str, Case] = {
 }
 
 
+_SHOWN = "case", "one by one (requests/s)", "session (requests/s)", "ratio", "p99 (ms)", "bound (ms)"
+
+
+def cells(row: Row) -> list[str]:
+    """What ``_SHOWN`` names of a row of clients."""
+    rates, found = row["requests_per_s"], row["ratio"]
+    said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    numbers = rates["one"], rates["session"], said, row["latency_ms"]["p99"], row["bound_ms"]
+    return [row["case"], *map(str, numbers)]
+
+
+def told(row: Row) -> str:
+    """What was found of a row without clients, in words."""
+    if "ends" not in row:
+        return f"{row['overhead_us_a_step']['median']} µs a step"
+    ends = ", ".join(f"{count} {name}" for name, count in row["ends"].items())
+    memory = f"{row['resident_mib'][0]} MiB after a tenth, {row['resident_mib'][-1]} at the end"
+    return f"{ends}; {memory}; {row['requests_per_s']} a second"
+
+
 def table(rows: Sequence[Row]) -> Group:
     """The rows, a table for each kind."""
-    shown = Table(
-        "case", "one by one", "session", "ratio", "p99 (ms)", "bound (ms)", title="requests a second"
-    )
-    others = Table("case", "what was found")
+    shown, others = Table(*_SHOWN), Table("case", "what was found")
     for row in rows:
         if "bound_ms" in row:
-            rates, found = row["requests_per_s"], row["ratio"]
-            said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-            cells = (rates["one"], rates["session"], said, row["latency_ms"]["p99"], row["bound_ms"])
-            shown.add_row(row["case"], *map(str, cells))
-        elif "ends" in row:
-            memory = f"{row['resident_mib'][0]} MiB after a tenth, {row['resident_mib'][-1]} at the end"
-            others.add_row(row["case"], f"{row['ends']}; {memory}; {row['requests_per_s']} a second")
+            shown.add_row(*cells(row))
         else:
-            others.add_row(row["case"], f"{row['overhead_us_a_step']['median']} µs a step")
+            others.add_row(row["case"], told(row))
     return Group(*(one for one in (shown, others) if one.row_count))
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The rows as lines of Markdown."""
+    clients = [row for row in rows if "bound_ms" in row]
+    others = [f"- {row['case']}: {told(row)}." for row in rows if row not in clients]
+    return [*markdown_table(_SHOWN, map(cells, clients)), "", *others]

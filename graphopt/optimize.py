@@ -144,9 +144,8 @@ def optimize(
         packed = remove_padding(outcome.graph, inputs, remarks, where.limits, disable)
     with clock.stage("lower", 0.5):
         padded = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
-        candidates = list(padded)
-        if packed is not None:
-            candidates.insert(0, plan_packed(packed.graph, executors, where, remarks, effort))
+        without = [plan_packed(packed.graph, executors, where, remarks, effort)] if packed is not None else []
+        candidates = [*without, *padded]
         if narrow is not None:
             candidates[:0] = narrow.candidates(reference, executors, where, effort)
     with clock.stage("measure", 0.8):
@@ -159,6 +158,7 @@ def optimize(
             plan = with_padded(chosen.best, padded, packed, inputs, timed=timed)
             outcome.rewrites += packed.rewrites
         memory = memory_of(captured, plan, chosen.plan_of(BASELINE), inputs)
+        chosen.rest_all_but(plan)
     outcome.rewrites[:0] = lossy
     if narrow is not None:
         loss = narrow.settle(chosen.best, outcome, loss, remarks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,13 +17,16 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
+from graphopt.runtime.executors._protocol import Resting
 from graphopt.runtime.measure import HOPELESS, Timing, interleaved
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
+from graphopt.runtime.rounds import clock_of, interleave
 from graphopt.runtime.scheduling.arrange import arranged
 from graphopt.runtime.target import Target
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
+_ROUNDS = 25  # at most, of one that has its turn alone
 
 
 class Judge(Protocol):
@@ -46,6 +51,8 @@ class Candidate:
         chosen: it is what runs.
         judge: what its outputs are held against; None for what all others are.
         deeper: makes the same way compiled for longer, which is worth it where this one is not hopeless.
+        later: compiles it once the others have been timed, and hold no copies of the weights any more: a way
+            of which the compiled form is another copy. None when that is done.
     """
 
     name: str
@@ -58,6 +65,24 @@ class Candidate:
     chosen: bool = field(default=False)
     judge: Judge | None = None
     deeper: Callable[[], Candidate] | None = None
+    later: Callable[[], Candidate] | None = None
+
+    @property
+    def copies(self) -> bool:
+        """Whether its programs hold copies of weights."""
+        return self.plan is not None and any(isinstance(s.program, Resting) for s in self.plan.steps)
+
+    def make(self) -> None:
+        """Compile what was left for later."""
+        if self.later is not None:
+            made, self.later = self.later(), None
+            self.plan, self.reason = made.plan, made.reason
+
+    def rest(self, used: Collection[int] = ()) -> None:
+        """Let its programs, but for those of these identities, let go of their copies of weights."""
+        for step in self.plan.steps if self.plan is not None else ():
+            if isinstance(step.program, Resting) and id(step.program) not in used:
+                step.program.rest()
 
     def drop(self, reason: str, remarks: Remarks) -> None:
         """Take it out of the race, and say why."""
@@ -90,6 +115,13 @@ class Choice:
         """The plan of a candidate; None where there is no such candidate, or it was dropped."""
         return next((candidate.plan for candidate in self.candidates if candidate.name == name), None)
 
+    def rest_all_but(self, plan: Plan) -> None:
+        """Let the programs of all other plans let go of their copies of weights."""
+        plans = [plan] if plan.padded is None else [plan, plan.padded.plan]
+        used = {id(step.program) for each in plans for step in each.steps}
+        for candidate in self.candidates:
+            candidate.rest(used)
+
 
 def choose(
     candidates: Sequence[Candidate],
@@ -115,7 +147,15 @@ def choose(
     Raises:
         LoweringError: no candidate gives the right answer.
     """
-    right = _right(candidates, inputs, reference, remarks, require_cuda_graph)
+    check = functools.partial(
+        _right, inputs=inputs, reference=reference, remarks=remarks, require_cuda_graph=require_cuda_graph
+    )
+    waiting = [candidate for candidate in candidates if candidate.later is not None]
+    right = check(candidates)
+    if not right:
+        for candidate in waiting:
+            candidate.make()
+        right, waiting = check(candidates), []
     if not right:
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
         raise LoweringError(f"no executor gives the right answer: {reasons}")
@@ -124,8 +164,9 @@ def choose(
         best = _fastest(right, inputs, target)
         more = _deeper(right, best, remarks)
         candidates = [*candidates, *more]
-        right += _right(more, inputs, reference, remarks, require_cuda_graph)
+        right += check(more)
         best = _fastest(right, inputs, target) if more else best
+        best = _in_turn(waiting, right, best, check, inputs, target)
         _compare_mixed(right, best, remarks)
     best.chosen = True
     assert best.plan is not None
@@ -162,12 +203,72 @@ def _right(
 
 
 def _fastest(right: Sequence[Candidate], inputs: Sequence[torch.Tensor], target: Target) -> Candidate:
-    """Time candidates against each other, and return the fastest."""
+    """Time candidates against each other, and return the fastest by what a call takes undisturbed.
+
+    Of one whose threads another process disturbs the median moves by a third, the lower quartile does not.
+    """
     runs = [_runner(candidate.plan, inputs) for candidate in right if candidate.plan is not None]
     timings = interleaved(runs, seconds=_SECONDS, device=target.device)
     for candidate, timing in zip(right, timings, strict=True):
         candidate.timing = timing
-    return right[min(range(len(right)), key=lambda index: timings[index].median_ms)]
+    return right[min(range(len(right)), key=lambda index: timings[index].undisturbed_ms)]
+
+
+def _in_turn(
+    waiting: Sequence[Candidate],
+    right: list[Candidate],
+    best: Candidate,
+    check: Callable[[Sequence[Candidate]], list[Candidate]],
+    inputs: Sequence[torch.Tensor],
+    target: Target,
+) -> Candidate:
+    """Compile and time those that wait, each while no other holds copies of weights; returns the fastest.
+
+    So optimizing takes the memory of one copy, not of one for each way. What they are timed against is one
+    that holds none, each in rounds of its own with it, and the ratios are compared.
+
+    Args:
+        waiting: those to be made.
+        right: those that were; takes the waiting that are right.
+        best: the fastest of them.
+        check: drops those that are wrong, and returns the others.
+        inputs: the example inputs.
+        target: where they run.
+    """
+    control = next((candidate for candidate in right if not candidate.copies), best)
+    if waiting:
+        own = _beside(control, best, inputs, target)
+    for candidate in waiting:
+        for other in right:
+            other.rest()
+        candidate.make()
+        if not check([candidate]):
+            continue
+        right.append(candidate)
+        found = _beside(control, candidate, inputs, target)
+        if best.timing is not None:  # as if they had been timed in the same rounds
+            scale = best.timing.median_ms / own.median_ms
+            candidate.timing = Timing(found.median_ms * scale, found.spread_ms * scale, found.rounds)
+        if found.undisturbed_ms < own.undisturbed_ms:
+            best, own = candidate, found
+        else:
+            candidate.rest()
+    return best
+
+
+def _beside(
+    control: Candidate, candidate: Candidate, inputs: Sequence[torch.Tensor], target: Target
+) -> Timing:
+    """What a candidate takes in rounds with another, in multiples of what that one takes undisturbed."""
+    if candidate is control:
+        return Timing(1.0, 0.0, 0)
+    plans = {"control": control.plan, "own": candidate.plan}
+    runs = {name: _runner(plan, inputs) for name, plan in plans.items() if plan is not None}
+    clock = clock_of(target.device)
+    times = interleave(runs, _ROUNDS, seconds=_SECONDS / 2, clock=clock)
+    unit, _, _ = statistics.quantiles(times["control"], n=4)
+    lower, middle, upper = (value / unit for value in statistics.quantiles(times["own"], n=4))
+    return Timing(middle, (upper - lower) / 2, len(times["own"]))
 
 
 def _deeper(right: Sequence[Candidate], best: Candidate, remarks: Remarks) -> list[Candidate]:

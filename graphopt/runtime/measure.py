@@ -29,6 +29,11 @@ class Timing:
     spread_ms: float
     rounds: int
 
+    @property
+    def undisturbed_ms(self) -> float:
+        """About the lower quartile, in milliseconds: what is busy beside a call only ever makes it longer."""
+        return self.median_ms - self.spread_ms
+
 
 def interleaved(
     candidates: Sequence[Callable[[], object]], *, seconds: float, device: torch.device

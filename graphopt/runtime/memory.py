@@ -298,6 +298,7 @@ def _merged(buffers: Sequence[Buffer]) -> dict[str, list[Buffer]]:
             or before.name != buffer.instead_of
             or before.bytes < buffer.bytes
             or before.last > buffer.first
+            or before.first == buffer.first  # what both are made of lives as well
         ):
             raise ValueError(f"{buffer.name} cannot take the place of {buffer.instead_of}")
         head[buffer.name] = head[buffer.instead_of]

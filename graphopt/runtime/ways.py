@@ -52,7 +52,8 @@ def plan_candidates(
     candidates = _native(native, rewritten, target, remarks, effort, compile_too)
     other = besides(target) if timed else None
     if other is not None and _is_here(other, target, remarks):
-        candidates.append(_way(other, rewritten, (other, "eager"), target, remarks, effort))
+        made = functools.partial(_way, other, rewritten, (other, "eager"), target, remarks, effort)
+        candidates.append(Candidate(other, rewritten, None, later=made))
     if compile_too:
         candidates.append(_on_inductor(rewritten, target, remarks, effort))
     for name, graph in (("eager", rewritten), ("eager (captured graph)", captured)):
@@ -61,10 +62,14 @@ def plan_candidates(
 
 
 def _on_inductor(graph: Graph, target: Target, remarks: Remarks, effort: str) -> Candidate:
-    """The way to run it on Inductor: on a GPU without its search for kernels first, which takes minutes."""
-    found = merged(cut(graph, find_executors(("inductor", "eager")), target, remarks), target, effort)
+    """The way to run it on Inductor: on a GPU without its search for kernels first, which takes minutes.
+
+    On a CPU its packed weights are a copy of the model's: it is compiled once all others have been timed.
+    """
     if target.device.type == "cpu":
-        return _compiled("inductor", found, target, remarks, effort)
+        made = functools.partial(_way, "inductor", graph, ("inductor", "eager"), target, remarks, effort)
+        return Candidate("inductor", graph, None, later=made)
+    found = merged(cut(graph, find_executors(("inductor", "eager")), target, remarks), target, effort)
     candidate = _compiled("inductor", found, target, remarks, "fast")
     candidate.deeper = lambda: _compiled("inductor (max-autotune)", found, target, remarks, effort)
     return candidate

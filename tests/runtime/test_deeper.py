@@ -78,6 +78,16 @@ def test_the_fastest_itself_is_compiled_for_longer(graph: Graph, monkeypatch: py
     assert chosen(given, {"own": 2.0, "quick": 1.0, "deep": 1.1}, monkeypatch, Remarks()).best.name == "quick"
 
 
+def test_one_that_was_disturbed_is_judged_by_its_quick_calls(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings = [Timing(1.0, 0.05, 6), Timing(1.1, 0.4, 6)]
+    monkeypatch.setattr(module, "interleaved", lambda runs, **_: timings)
+    given = [candidate("steady", graph), candidate("disturbed", graph)]
+    reference = output_reference(graph, [X], MODEL_FLOOR_ULPS)
+    assert choose(given, [X], reference, HOST, Remarks(), timed=True).best.name == "disturbed"
+
+
 def test_one_that_is_wrong_then_is_dropped(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     other = capture(randomised(MLP(), seed=1), (X,))
     given = [candidate("own", graph), candidate("quick", graph, lambda: candidate("deep", other))]

@@ -51,7 +51,7 @@ def buffers(draw: st.DrawFn) -> list[Buffer]:
         first = draw(st.integers(0, CALLS))
         last = draw(st.integers(first, CALLS))
         size = draw(st.one_of(st.integers(0, 300), st.integers(0, 100_000)))
-        dying = [b for b in found if b.last == first and b.bytes >= size and b.name not in heirs]
+        dying = [b for b in found if b.first < first == b.last and b.bytes >= size and b.name not in heirs]
         above = draw(st.sampled_from([None, *dying]))
         if above is not None:
             heirs.add(above.name)
@@ -97,6 +97,7 @@ def test_the_most_alive_is_that_of_some_moment(given_buffers: list[Buffer]) -> N
         (None, Buffer("b", 8, 1, 2, "a")),
         (Buffer("a", 4, 0, 1), Buffer("b", 8, 1, 2, "a")),  # too small
         (Buffer("a", 8, 0, 2), Buffer("b", 8, 1, 2, "a")),  # it lives on
+        (Buffer("a", 8, 1, 1), Buffer("b", 8, 1, 2, "a")),  # one call makes both
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(above: Buffer | None, heir: Buffer) -> None:

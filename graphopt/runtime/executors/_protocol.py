@@ -37,6 +37,14 @@ class Threaded(Protocol):
         """The same with so many threads at most, which begin where the caller's thread may run."""
 
 
+@runtime_checkable
+class Resting(Protocol):
+    """A program that holds copies of weights, which it can do without until it runs."""
+
+    def rest(self) -> None:
+        """Let go of them; the next run makes them again first. Nobody may be running it."""
+
+
 @dataclass(frozen=True)
 class Note:
     """What a program says of a node.

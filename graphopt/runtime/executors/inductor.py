@@ -7,8 +7,12 @@ which lets Inductor choose their layout.
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,17 +35,36 @@ class InductorProgram:
     Args:
         region: the region.
         device: that its tensors are on.
-        function: the compiled region.
+        compiled: compiles the region.
+
+    Raises:
+        Exception: whatever Inductor raises.
     """
 
-    def __init__(self, region: Region, device: torch.device, function: Callable[..., Any]) -> None:
+    def __init__(self, region: Region, device: torch.device, compiled: Callable[[], _Compiled]) -> None:
         self._region = region
         self._device = device
-        self._function = function
+        self._compile = compiled
+        self._compiled: _Compiled | None = compiled()
+        self._compiling = threading.Lock()
         on_gpu = device.type == "cuda"
         self._outside = _outside(region, device) if on_gpu else None
         graphed = on_gpu and self._outside is None
-        self._graphed = Graphed(device, lambda _: function) if graphed else None
+        self._graphed = Graphed(device, lambda _: self._function) if graphed else None
+
+    @property
+    def _function(self) -> Callable[..., Any]:
+        compiled = self._compiled
+        if compiled is None:
+            with self._compiling:
+                compiled = self._compiled = self._compiled or self._compile()
+        return compiled.function
+
+    def rest(self) -> None:
+        """Let go of frozen weights, on a CPU, until the next run has the code compiled, or loaded, again."""
+        if self._graphed is None and self._compiled is not None:
+            self._compiled = None
+            gc.collect()  # what Inductor makes refers to itself in circles
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run the compiled code."""
@@ -106,27 +129,50 @@ class Inductor:
         Raises:
             LoweringError: there is no C++ compiler, or Inductor cannot compile the region.
         """
-        module = _plain(region)
-        examples = [node.meta["val"] for node in region.graph.placeholders]
-        try:
+
+        def compiled() -> _Compiled:
+            examples = [node.meta["val"] for node in region.graph.placeholders]
             with torch.no_grad():
-                function = _compile_fx(module, examples, _options(target, effort))
+                return _compile_fx(_plain(region), examples, _options(target, effort))
+
+        try:
+            return InductorProgram(region, target.device, compiled)
         except Exception as error:  # Inductor raises whatever the compilers behind it do
             raise LoweringError(
                 f"Inductor cannot compile the region: {said(error).splitlines()[0]}"
             ) from error
-        return InductorProgram(region, target.device, function)
 
 
-def _compile_fx(
-    module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]
-) -> Callable[..., Any]:
+class _Compiled:
+    """What Inductor has made; with it go the weights.
+
+    Args:
+        function: runs it.
+        modules: of its code, nobody else's. Python and Inductor keep them for the process's life, and they
+            would keep the weights.
+    """
+
+    def __init__(self, function: Callable[..., Any], modules: Sequence[ModuleType]) -> None:
+        self.function = function
+        weakref.finalize(self, _forget_tensors, modules)
+
+
+def _forget_tensors(modules: Sequence[ModuleType]) -> None:
+    for module in modules:
+        for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+            delattr(module, name)
+
+
+def _compile_fx(module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> _Compiled:
+    from torch._inductor.codecache import PyCodeCache
     from torch._inductor.compile_fx import compile_fx  # slow to import, and rarely needed
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()  # raises early, rather than after all of the tracing
-    function: Any = compile_fx(module, list(examples), config_patches=options)
-    return function  # type: ignore[no-any-return]
+    before = set(map(id, PyCodeCache.modules))
+    function = compile_fx(module, list(examples), config_patches=options)
+    before |= set(map(id, PyCodeCache.modules_no_attr.values()))  # who else compiles the same has these, too
+    return _Compiled(function, [module for module in PyCodeCache.modules if id(module) not in before])
 
 
 def _options(target: Target, effort: str) -> dict[str, Any]:

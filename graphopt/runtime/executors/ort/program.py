@@ -46,10 +46,26 @@ class OrtProgram:
         self._options = options or OrtOptions()
         self._own_threads = torch.get_num_threads()
         self._outputs = [(node.meta["val"].dtype, fixed_shape(node)) for node in region.results]
-        self._session = Session(model, provider, self._options, profiled=True)
-        self._fallbacks = self._session.placement.fallbacks(model, provider)
         self._times: list[KernelTime] | None = None
         self._profiled, self._recording = 0, threading.Lock()
+        self._opened: Session | None = None
+        self._fallbacks = self._session.placement.fallbacks(model, provider)
+
+    @property
+    def _session(self) -> Session:
+        session = self._opened
+        if session is None:
+            with self._recording:
+                session = self._opened or Session(
+                    self.model, self._provider, self._options, profiled=self._times is None
+                )
+                self._opened = session
+        return session
+
+    def rest(self) -> None:
+        """Close the session, and with it ONNX Runtime's packed weights, until the next run opens another."""
+        with self._recording:
+            self._opened, self._profiled = None, 0
 
     @property
     def provider(self) -> str:
@@ -77,15 +93,16 @@ class OrtProgram:
         Raises:
             ExecutionError: ONNX Runtime fails.
         """
-        binding = self._session.binding()
+        session = self._session
+        binding = session.binding()
         results = [
             None if shape is None else torch.empty(shape, dtype=dtype) for dtype, shape in self._outputs
         ]
-        kept = self._session.bind(binding, inputs, results, _HOST)
-        made = self._session.run(binding, results)
+        kept = session.bind(binding, inputs, results, _HOST)
+        made = session.run(binding, results)
         del kept
         if self._times is None:
-            self._record()
+            self._record(session)
         return made
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
@@ -103,13 +120,13 @@ class OrtProgram:
         """Each node that the CPU runs instead of the provider, and why."""
         return fallback_notes(self._region, self._fallbacks)
 
-    def _record(self) -> None:
+    def _record(self, session: Session) -> None:
         """Read the session's profile after its first runs, and switch profiling off for all others."""
         with self._recording:
             self._profiled += 1
             if self._profiled == _PROFILED_RUNS:
-                events = json.loads(self._session.end_profiling())
-                parts = self._session.placement.of(self.provider)
+                events = json.loads(session.end_profiling())
+                parts = session.placement.of(session.provider)
                 self._times = _kernel_times(events, self.model, parts)
 
 
