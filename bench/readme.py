@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import RESULTS, crossings, gate, serving
 from bench.markdown import table
+from bench.suites import SUITES
 from graphopt.bench.rows import read
 from graphopt.bench.summary import floor, measured, peers
 from graphopt.observe.summary import ms
@@ -66,7 +67,8 @@ def _table(suite: str) -> str:
     if suite in _OF_THEIR_OWN:
         rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
         return "\n".join([*_OF_THEIR_OWN[suite](rows), "", _where(suite, rows), ""])
-    rows = measured(read(RESULTS / f"{suite}.jsonl"))
+    order = [case.name for case in SUITES[suite].cases]
+    rows = sorted(measured(read(RESULTS / f"{suite}.jsonl")), key=lambda row: order.index(row["case"]))
     names = peers(rows)
     head = [
         "case",
