@@ -76,7 +76,7 @@ class Candidate:
         """Compile what was left for later."""
         if self.later is not None:
             made, self.later = self.later(), None
-            self.plan, self.reason = made.plan, made.reason
+            self.plan, self.reason, self.judge = made.plan, made.reason, made.judge
 
     def rest(self, used: Collection[int] = ()) -> None:
         """Let its programs, but for those of these identities, let go of their copies of weights."""

@@ -140,11 +140,16 @@ def narrowed_candidates(
 
     if executors is not None:
         return [way(order, " + ".join(order), effort) for order in ways]
+    on_cpu, timed = target.device.type == "cpu", effort == "measured"
     candidates = []
     for order in ways:
-        in_two_steps = order[0] == "inductor" and target.device.type != "cpu"
+        if timed and on_cpu and order[0] in ("inductor", "ort"):  # which hold a copy of the weights
+            later = functools.partial(way, order, order[0], effort)
+            candidates.append(Candidate(f"{order[0]} ({precision})", graph, None, later=later))
+            continue
+        in_two_steps = order[0] == "inductor" and not on_cpu
         candidate = way(order, order[0], "fast" if in_two_steps else effort)
-        if in_two_steps and effort == "measured":
+        if in_two_steps and timed:
             candidate.deeper = functools.partial(way, order, f"{order[0]}, max-autotune", effort)
         candidates.append(candidate)
     return candidates

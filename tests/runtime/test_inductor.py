@@ -32,13 +32,6 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule
     return given
 
 
-@pytest.fixture
-def one_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Inductor compiles to be faster later, headers and probes of the processor, is left out."""
-    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)
-
-
 def test_a_model_runs_on_inductor_with_other_inputs_and_sizes(one_kernel_alone: None) -> None:
     model = randomised(MLP())
     opt = graphopt.optimize(model, (X,), executors=("inductor",), dynamic={"x": {0: "batch"}}, effort="fast")

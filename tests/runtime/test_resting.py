@@ -60,7 +60,7 @@ def test_a_session_is_closed_and_opened_again(graph: Graph) -> None:
     assert program.provider == "CPUExecutionProvider"
 
 
-def test_inductors_modules_keep_no_weights(graph: Graph) -> None:
+def test_inductors_modules_keep_no_weights(graph: Graph, one_kernel_alone: None) -> None:
     before = held_by_modules()
     plan = plan_on("inductor", graph)
     (step,) = plan.steps
@@ -177,7 +177,9 @@ def test_where_all_others_fail_what_waits_is_made(graph: Graph, monkeypatch: pyt
     assert choice.best.name == "first"
 
 
-def test_on_a_cpu_inductor_waits_for_the_others(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_inductor_waits_for_the_others(
+    graph: Graph, one_kernel_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ways, "_WORTH_COMPILING_MS", 0.0)
     found = {each.name: each for each in ways.plan_candidates(graph, graph, None, HOST, Remarks())}
     assert found["inductor"].plan is None
@@ -187,3 +189,15 @@ def test_on_a_cpu_inductor_waits_for_the_others(graph: Graph, monkeypatch: pytes
     found["inductor"].make()
     assert found["inductor"].copies
     assert found["inductor"].later is None
+
+
+def test_so_do_narrower_ways_that_hold_copies(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_WORTH_COMPILING_MS", 0.0)
+    judge: Any = object()
+    given = ways.narrowed_candidates(graph, "int8", lambda: judge, None, HOST, Remarks())
+    found = {each.name: each for each in given}
+    waiting = {name for name, each in found.items() if each.later is not None}
+    assert waiting == {"inductor (int8)", "ort (int8)"}
+    found["ort (int8)"].make()
+    assert found["ort (int8)"].copies
+    assert found["ort (int8)"].judge is judge
