@@ -57,5 +57,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[str], float
         right = [candidate for candidate in known if candidate.plan is not None]
         return [Timing(milliseconds(candidate.name), 0.0, 1) for candidate in right]
 
+    def beside(control: Candidate, candidate: Candidate, *_: Any) -> Timing:
+        return Timing(milliseconds(candidate.name) / milliseconds(control.name), 0.0, 1)
+
     monkeypatch.setattr(candidates, "_check", checked)
     monkeypatch.setattr(candidates, "interleaved", timings)
+    monkeypatch.setattr(candidates, "_beside", beside)
