@@ -170,7 +170,7 @@ def _compile_fx(module: fx.GraphModule, examples: Sequence[Any], options: dict[s
 
     get_cpp_compiler()  # raises early, rather than after all of the tracing
     before = set(map(id, PyCodeCache.modules))
-    function = compile_fx(module, list(examples), config_patches=options)
+    function: Any = compile_fx(module, list(examples), config_patches=options)
     before |= set(map(id, PyCodeCache.modules_no_attr.values()))  # who else compiles the same has these, too
     return _Compiled(function, [module for module in PyCodeCache.modules if id(module) not in before])
 
