@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels, serving
+from bench import RESULTS, catalogue, compile_time, crossings, gate, kernels, rows_of, serving
 from bench.readme import update_readme, update_tables
 from bench.suites import SUITES
 from graphopt.bench import peers, table
@@ -69,8 +68,7 @@ def _tabled(name: str, given: argparse.Namespace) -> None:
         return
     path = RESULTS / f"{name}.jsonl"
     command = f"python -m bench {name} --threads {threads}"
-    old = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-    kept = [row for row in old if row["case"] not in cases]
+    kept = [row for row in rows_of(path) if row["case"] not in cases]
     write_text(path, "".join(map(line, [*kept, *({**row, "command": command} for row in rows)])))
 
 

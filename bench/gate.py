@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import RESULTS
+from bench import RESULTS, rows_of
 from bench.markdown import table
 from bench.models import minilm
 from graphopt.cli import _gate
@@ -246,12 +246,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
     Console().print(shown)
 
 
-def recorded() -> list[dict[str, Any]]:
-    """The rows of the last run of each case."""
-    path = RESULTS / "gate.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Recorded rows as a table, with where and how they were measured."""
     counts = ("checks", "regression", "inconclusive", "pass")
@@ -274,7 +268,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _record(rows: list[dict[str, Any]], command: str) -> None:
-    path, old = RESULTS / "gate.jsonl", recorded()
+    path = RESULTS / "gate.jsonl"
     new = {row["case"] for row in rows}
     context = {
         "machine": machine(),
@@ -283,7 +277,7 @@ def _record(rows: list[dict[str, Any]], command: str) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
     }
-    kept = [row for row in old if row["case"] not in new]
+    kept = [row for row in rows_of(path) if row["case"] not in new]
     path.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *({**row, **context} for row in rows))))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS, crossings, gate, serving
+from bench import RESULTS, crossings, gate, rows_of, serving
 from bench.markdown import table
 from bench.suites import SUITES
 from graphopt.bench.rows import read
@@ -63,9 +62,9 @@ def _example(name: str) -> str:
 def _table(suite: str) -> str:
     """A suite's recorded rows as Markdown, with where and how they were measured."""
     if suite == "gate":
-        return gate.markdown(gate.recorded())
+        return gate.markdown(rows_of(RESULTS / "gate.jsonl"))
     if suite in _OF_THEIR_OWN:
-        rows = [json.loads(line) for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines()]
+        rows = rows_of(RESULTS / f"{suite}.jsonl")
         return "\n".join([*_OF_THEIR_OWN[suite](rows), "", _where(suite, rows), ""])
     order = [case.name for case in SUITES[suite].cases]
     rows = sorted(measured(read(RESULTS / f"{suite}.jsonl")), key=lambda row: order.index(row["case"]))

@@ -37,9 +37,8 @@ from graphopt.runtime import scheduler
 from graphopt.runtime.rounds import interleave, quartiles, ratio
 
 CLIENTS, MAX_BATCH, MAX_WAIT_MS = 64, 32, 5.0
-_REQUESTS = (
-    768  # of a turn: of 256 every fourth was in a batch that a turn's beginning or end left half empty
-)
+# Of a turn; of 256 every fourth was in a batch that a turn's beginning or end left half empty.
+_REQUESTS = 768
 _ROUNDS = 4  # of two turns a side
 _STORM, _STORM_THREADS = 100_000, 16
 _STEPS = 200

@@ -21,7 +21,7 @@ from graphopt.runtime.calling import CallingConvention
 from graphopt.runtime.export_onnx import Device, exported
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.serving.batcher import Batcher
-from graphopt.runtime.serving.layout import Buckets, Sizes, layout_of
+from graphopt.runtime.serving.layout import ONE_BUCKET, Buckets, Sizes, layout_of
 from graphopt.runtime.serving.session import Face, Manners, Session
 
 OnMismatch = Literal["error", "fallback"]
@@ -141,10 +141,11 @@ class OptimizedModel(torch.nn.Module):
             if not value >= least:
                 raise InputError(f"{name}={value} is too small", hint=f"{least} or above")
         on_gpu = self.plan.device.type == "cuda"  # whose graphs are those of a shape, padding included
-        one_bucket = self.plan.padded is not None and not on_gpu
+        if buckets is True and self.plan.padded is not None and not on_gpu:
+            buckets = ONE_BUCKET
         batcher = Batcher(
             lambda tensors: scheduler.run(self.plan, tensors),
-            layout_of(self._sizes, batch, buckets, pad or {}, one_bucket=one_bucket),
+            layout_of(self._sizes, batch, buckets, pad or {}),
             self._calling.check_relations,
             floor_ulps=2 * MODEL_FLOOR_ULPS,  # either of two runs may err so much, in opposite directions
             verify=verify,

@@ -235,9 +235,10 @@ def _in_turn(
         inputs: the example inputs.
         target: where they run.
     """
+    if not waiting:
+        return best
     control = next((candidate for candidate in right if not candidate.copies), best)
-    if waiting:
-        own = _beside(control, best, inputs, target)
+    own = _beside(control, best, inputs, target)
     for candidate in waiting:
         for other in right:
             other.rest()

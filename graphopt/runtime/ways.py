@@ -27,7 +27,7 @@ def plan_candidates(
     remarks: Remarks,
     effort: str = "measured",
 ) -> list[Candidate]:
-    """Compile every way to run the model.
+    """Every way to run the model, compiled, but for those that are left for later (see ``Candidate``).
 
     Args:
         captured: the graph as captured; running it in PyTorch is the peer that is always there.
@@ -105,7 +105,7 @@ def narrowed_candidates(
     remarks: Remarks,
     effort: str = "measured",
 ) -> list[Candidate]:
-    """Compile every way to run a model whose numbers were made narrower; those that fail are dropped.
+    """The same for a model whose numbers were made narrower; those that fail are dropped.
 
     Each executor but the last takes all of it or nothing: crossing from one to another between two products
     would cost what the narrow one gains.

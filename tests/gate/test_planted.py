@@ -21,13 +21,16 @@ from tests.gate.conftest import Project, line_of, told
 
 aten = torch.ops.aten
 
+# What noise may improve: times, and the memory that the process holds.
+MEASURED = {"latency-ratio", "slowdown", "baseline-slowdown", "throughput", "memory-served"}
+
 
 def test_what_did_not_change_passes(locked: Project) -> None:
     code, findings = locked.check()
     assert code == 0
-    better = {row["rule"] for row in findings if row["status"] == "improved"}
-    assert better.isdisjoint({"fusions", "reverted", "regions", "launches", "kernels"})  # others are measured
-    assert {row["status"] for row in findings} <= {"passed", "skipped", "improved"}
+    counted = [row for row in findings if row["rule"] not in MEASURED]
+    assert {row["status"] for row in counted} <= {"passed", "skipped"}, counted
+    assert {row["status"] for row in findings} <= {"passed", "skipped", "improved"}, findings
     assert [row["message"] for row in findings if row["rule"] == "fusions"]
 
 

@@ -219,14 +219,12 @@ def _padded(tensor: torch.Tensor, dims: Mapping[int, int], lengths: Lengths, fil
 
 
 _POWERS = tuple(2**power for power in range(4, 24))
-_LONGEST = _POWERS[-1]
+ONE_BUCKET = _POWERS[-1:]  # for all lengths
 
 Buckets = bool | Sequence[int] | Mapping[str, Sequence[int]]
 
 
-def layout_of(
-    sizes: Sizes, batch: str | None, buckets: Buckets, pad: Mapping[str, float], *, one_bucket: bool = False
-) -> Layout | str:
+def layout_of(sizes: Sizes, batch: str | None, buckets: Buckets, pad: Mapping[str, float]) -> Layout | str:
     """How requests are joined, or why they cannot be.
 
     Args:
@@ -235,7 +233,6 @@ def layout_of(
             that comes first in every input.
         buckets: True for edges at 16, 32, 64, ...; False to pad nothing; edges for all lengths, or by name.
         pad: by input, what padding is made of; 0 where it is not named.
-        one_bucket: where ``buckets`` is True, requests of all lengths share a batch.
 
     Raises:
         InputError: a name is unknown, or edges are not ascending numbers above 0.
@@ -247,8 +244,7 @@ def layout_of(
     symbols = [size for one in sizes.inputs for size in one.sizes if isinstance(size, str) and size != symbol]
     places = {name: place for place, name in enumerate(dict.fromkeys(symbols))}
     names = {symbol: label for one in sizes.inputs for symbol, label in one.names.items()}
-    given = (_LONGEST,) if one_bucket and buckets is True else buckets
-    edges = tuple(_edges(given, names.get(name, name), sizes.most.get(name)) for name in places)
+    edges = tuple(_edges(buckets, names.get(name, name), sizes.most.get(name)) for name in places)
     _check_names(sizes, [names.get(name, name) for name in places], buckets, pad)
     exact = _why_exact(sizes, places, edges)
     return Layout(
