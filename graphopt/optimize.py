@@ -144,7 +144,7 @@ def optimize(
         packed = remove_padding(outcome.graph, inputs, remarks, where.limits, disable)
     with clock.stage("lower", 0.5):
         padded = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
-        real = [plan_packed(packed.graph, executors, where, remarks, effort)] if packed is not None else []
+        real = plan_packed(packed.graph, executors, where, remarks, effort) if packed is not None else []
         candidates = [*real, *padded]
         if narrow is not None:
             candidates[:0] = narrow.candidates(reference, executors, where, effort)

@@ -171,7 +171,7 @@ def with_padded(
     assert best.plan is not None
     if not right:
         raise LoweringError("no executor runs the model with its padding, which some calls want")
-    other = min(right, key=lambda c: c.timing.undisturbed_ms if c.timing else 0.0).plan
+    other = min(right, key=lambda c: c.timing.lower_ms if c.timing else 0.0).plan
     assert other is not None
     at = best.plan.inputs.index(packed.mask)
     fullest = _fullest(best.plan, other, inputs, at) if timed else _UNTIMED

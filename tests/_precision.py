@@ -55,11 +55,15 @@ def made_up(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[str], float
 
     def timings(runs: Any, **_: Any) -> list[Timing]:
         right = [candidate for candidate in known if candidate.plan is not None]
-        return [Timing(milliseconds(candidate.name), 0.0, 1) for candidate in right]
+        return [Timing.of([milliseconds(candidate.name)] * 2) for candidate in right]
 
     def beside(control: Candidate, candidate: Candidate, *_: Any) -> Timing:
-        return Timing(milliseconds(candidate.name) / milliseconds(control.name), 0.0, 1)
+        return Timing.of([milliseconds(candidate.name) / milliseconds(control.name)] * 2)
+
+    def warmed_up(candidate: Candidate, *_: Any) -> Timing:
+        return Timing.of([milliseconds(candidate.name)] * 2)
 
     monkeypatch.setattr(candidates, "_check", checked)
+    monkeypatch.setattr(candidates, "_warmed_up", warmed_up)
     monkeypatch.setattr(candidates, "interleaved", timings)
     monkeypatch.setattr(candidates, "_beside", beside)

@@ -45,6 +45,15 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _without_openvino(request: pytest.FixtureRequest) -> Iterator[None]:
+    """OpenVINO is no candidate by itself but in tests marked so: a second a model, a thousand times over."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "openvino" not in request.keywords:
+            patch.setattr("graphopt.runtime.executors.openvino_is_installed", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """What a test sets for its process, the next does not find: a benchmark's threads, for one."""
     own = torch.get_num_threads()

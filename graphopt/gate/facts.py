@@ -236,8 +236,8 @@ def _plan(subject: Subject, calls: Sequence[fx.Node]) -> dict[str, Any] | None:
 
 
 def _is_view(node: fx.Node | None, executor: str) -> bool:
-    """True for what an executor lists and does not launch; ONNX Runtime lists only what it ran."""
-    if executor == "ort" or node is None:
+    """True for what an executor lists and does not launch; runtimes of their own list only what they ran."""
+    if executor in ("ort", "openvino") or node is None:
         return False
     return node.target in VIEWS or is_getitem(node) or is_symbolic(node)
 

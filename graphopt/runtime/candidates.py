@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
 from graphopt.runtime.executors._protocol import Resting
-from graphopt.runtime.measure import HOPELESS, Timing, interleaved
+from graphopt.runtime.measure import HOPELESS, WARM_UP, Timing, interleaved
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
 from graphopt.runtime.rounds import clock_of, interleave
@@ -211,7 +210,7 @@ def _fastest(right: Sequence[Candidate], inputs: Sequence[torch.Tensor], target:
     timings = interleaved(runs, seconds=_SECONDS, device=target.device)
     for candidate, timing in zip(right, timings, strict=True):
         candidate.timing = timing
-    return right[min(range(len(right)), key=lambda index: timings[index].undisturbed_ms)]
+    return right[min(range(len(right)), key=lambda index: timings[index].lower_ms)]
 
 
 def _in_turn(
@@ -235,10 +234,8 @@ def _in_turn(
         inputs: the example inputs.
         target: where they run.
     """
-    if not waiting:
-        return best
     control = next((candidate for candidate in right if not candidate.copies), best)
-    own = _beside(control, best, inputs, target)
+    own: Timing | None = None
     for candidate in waiting:
         for other in right:
             other.rest()
@@ -246,15 +243,31 @@ def _in_turn(
         if not check([candidate]):
             continue
         right.append(candidate)
+        assert best.timing is not None
+        candidate.timing = _warmed_up(candidate, inputs, target)
+        if candidate.timing.lower_ms > HOPELESS * best.timing.lower_ms:
+            candidate.rest()
+            continue
+        if own is None:
+            candidate.rest()
+            own = _beside(control, best, inputs, target)
+            best.rest()
         found = _beside(control, candidate, inputs, target)
-        if best.timing is not None:  # as if they had been timed in the same rounds
-            scale = best.timing.median_ms / own.median_ms
-            candidate.timing = Timing(found.median_ms * scale, found.spread_ms * scale, found.rounds)
-        if found.undisturbed_ms < own.undisturbed_ms:
+        # as if they had been timed in the same rounds
+        candidate.timing = found.times(best.timing.lower_ms / own.lower_ms)
+        if found.lower_ms < own.lower_ms:
             best, own = candidate, found
         else:
             candidate.rest()
     return best
+
+
+def _warmed_up(candidate: Candidate, inputs: Sequence[torch.Tensor], target: Target) -> Timing:
+    """What a candidate's first calls take, the quickest: enough to see that it is hopeless."""
+    assert candidate.plan is not None
+    run, clock = _runner(candidate.plan, inputs), clock_of(target.device)
+    took = min(clock(run) for _ in range(WARM_UP))
+    return Timing(took, took, took, WARM_UP)
 
 
 def _beside(
@@ -262,14 +275,13 @@ def _beside(
 ) -> Timing:
     """What a candidate takes in rounds with another, in multiples of what that one takes undisturbed."""
     if candidate is control:
-        return Timing(1.0, 0.0, 0)
+        return Timing(1.0, 1.0, 1.0, 0)
     plans = {"control": control.plan, "own": candidate.plan}
     runs = {name: _runner(plan, inputs) for name, plan in plans.items() if plan is not None}
     clock = clock_of(target.device)
-    times = interleave(runs, _ROUNDS, seconds=_SECONDS / 2, clock=clock)
-    unit, _, _ = statistics.quantiles(times["control"], n=4)
-    lower, middle, upper = (value / unit for value in statistics.quantiles(times["own"], n=4))
-    return Timing(middle, (upper - lower) / 2, len(times["own"]))
+    times = interleave(runs, _ROUNDS, seconds=_SECONDS, clock=clock, warm_up=1)
+    unit = Timing.of(times["control"]).lower_ms
+    return Timing.of(times["own"]).times(1 / unit)
 
 
 def _deeper(right: Sequence[Candidate], best: Candidate, remarks: Remarks) -> list[Candidate]:

@@ -10,7 +10,7 @@ import torch
 
 from graphopt.runtime.rounds import Clock, clock_of, interleave
 
-_WARM_UP = 2
+WARM_UP = 2
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 25  # each of two calls of a candidate
 HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
 
@@ -20,19 +20,31 @@ class Timing:
     """What one candidate took.
 
     Args:
-        median_ms: median time of one call, in milliseconds.
-        spread_ms: half the distance between the quartiles, in milliseconds.
+        lower_ms: lower quartile of a call's time, in milliseconds: about what it takes undisturbed, as what
+            is busy beside a call only ever makes it longer.
+        median_ms: the median.
+        upper_ms: the upper quartile.
         rounds: calls timed.
     """
 
+    lower_ms: float
     median_ms: float
-    spread_ms: float
+    upper_ms: float
     rounds: int
 
+    @staticmethod
+    def of(times: Sequence[float]) -> Timing:
+        """What calls took, two or more, in milliseconds."""
+        return Timing(*statistics.quantiles(times, n=4), len(times))
+
     @property
-    def undisturbed_ms(self) -> float:
-        """About the lower quartile, in milliseconds: what is busy beside a call only ever makes it longer."""
-        return self.median_ms - self.spread_ms
+    def spread_ms(self) -> float:
+        """Half the distance between the quartiles, in milliseconds."""
+        return (self.upper_ms - self.lower_ms) / 2
+
+    def times(self, factor: float) -> Timing:
+        """The same on a machine so many times as slow."""
+        return Timing(self.lower_ms * factor, self.median_ms * factor, self.upper_ms * factor, self.rounds)
 
 
 def interleaved(
@@ -57,15 +69,10 @@ def interleaved(
 def _interleaved(candidates: Sequence[Callable[[], object]], seconds: float, clock: Clock) -> list[Timing]:
     names = list(map(str, range(len(candidates))))
     sides = dict(zip(names, candidates, strict=True))
-    times = {name: [clock(sides[name]) for _ in range(_WARM_UP)] for name in names}
+    times = {name: [clock(sides[name]) for _ in range(WARM_UP)] for name in names}
     best = min(map(min, times.values()))
     hopeful = {name: sides[name] for name in names if min(times[name]) <= HOPELESS * best}
     cost = 4 * sum(min(times[name]) for name in hopeful) / 1e3
     rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
     times |= interleave(hopeful, rounds, clock=clock, warm_up=0)
-    return [_timing(times[name]) for name in names]
-
-
-def _timing(row: list[float]) -> Timing:
-    lower, _, upper = statistics.quantiles(row, n=4)
-    return Timing(statistics.median(row), (upper - lower) / 2, len(row))
+    return [Timing.of(times[name]) for name in names]

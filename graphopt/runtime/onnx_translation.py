@@ -157,7 +157,11 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-_TALKATIVE = "torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding"
+_TALKATIVE = (
+    "torch.onnx._internal.exporter._registration",
+    "onnxscript.optimizer._constant_folding",
+    "onnx_ir.serde",  # of inner values whose type nothing states
+)
 
 
 # What it takes apart

@@ -26,7 +26,8 @@ class OrtOptions:
         graph_optimization: what ONNX Runtime rewrites by itself: "none", "basic", "extended" or "all".
         arena: keep the memory of one call for the next; False gives it back, and takes longer.
         provider: the provider of the ``ort`` executor, without its "ExecutionProvider" and in any case:
-            "tensorrt", "dnnl", "coreml". None takes the device's own, "cpu" or "cuda".
+            "tensorrt", "dnnl", "coreml"; "openvino" is the plugin that is installed beside ONNX Runtime.
+            None takes the device's own, "cpu" or "cuda".
         provider_options: for that provider, by the names of its documentation.
         session_config: further entries for the session, such as ``{"session.use_env_allocators": "1"}``.
 

@@ -17,6 +17,7 @@ Clock = Callable[[Run], float]
 Verdict = Literal["faster", "level", "slower"]
 
 _WARM_UP = 3
+_SETTLES_MS = 500.0
 _MIN_ROUNDS = 3  # however little time is given: below, there are no quartiles to speak of
 
 
@@ -101,8 +102,8 @@ def event_clock(run: Run) -> float:
 
 
 def _settled_clock(run: Run) -> float:
-    run()
-    return wall_clock(run)
+    took = wall_clock(run)
+    return took if took >= _SETTLES_MS else wall_clock(run)
 
 
 def clock_of(device: torch.device, *, cold: bool = False) -> Clock:
@@ -114,7 +115,8 @@ def clock_of(device: torch.device, *, cold: bool = False) -> Clock:
 
     Returns:
         A clock that runs a side once before the call that it times, so that every side finds caches and
-        thread pools as its own calls leave them, whoever ran before. On a CPU it is the wall's. On a GPU it
+        thread pools as its own calls leave them, whoever ran before. On a CPU it is the wall's, and a call
+        of half a second or more is timed by itself: caches are its own after a hundredth of that. On a GPU it
         is one of events around the call, on the current stream: from an idle device to the last kernel's
         end, launches included. With a cold L2 the launches overlap with the kernel that empties it, so that
         what is measured is closer to the kernels alone.

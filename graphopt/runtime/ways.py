@@ -193,10 +193,10 @@ PACKED = "padding removed"
 
 def plan_packed(
     packed: Graph, executors: Sequence[str] | None, target: Target, remarks: Remarks, effort: str = "measured"
-) -> Candidate:
-    """The way to run a model on real tokens only: on the executors insisted on, else on the fastest kind.
+) -> list[Candidate]:
+    """The ways to run a model on real tokens only: on the executors insisted on, else on those made for it.
 
-    Where these cannot run it, it is dropped: the plans that keep the padding serve.
+    Where these cannot run it, they are dropped: the plans that keep the padding serve.
 
     Args:
         packed: the graph that packs tokens.
@@ -205,15 +205,24 @@ def plan_packed(
         remarks: takes what was refused.
         effort: as for ``plan_candidates``.
     """
+
+    def way(order: Sequence[str], name: str) -> Candidate:
+        try:
+            return _way(f"{name}, {PACKED}", packed, order, target, remarks, effort)
+        except LoweringError as error:  # no executor takes a node
+            candidate = Candidate(f"{name}, {PACKED}", packed, None)
+            candidate.drop(error.message, remarks)
+            return candidate
+
+    if executors is not None:
+        return [way(tuple(executors), " + ".join(executors))]
     native = _native_name(target)
-    order = (native, "eager") if executors is None else tuple(executors)
-    name = f"{native if executors is None else ' + '.join(order)}, {PACKED}"
-    try:
-        return _way(name, packed, order, target, remarks, effort)
-    except LoweringError as error:  # no executor takes a node
-        candidate = Candidate(name, packed, None)
-        candidate.drop(error.message, remarks)
-        return candidate
+    found = [way((native, "eager"), native)]
+    other = besides(target) if effort == "measured" and target.device.type == "cpu" else None
+    if other is not None and absent(EXECUTORS[other], target) is None:
+        later = functools.partial(way, (other, "eager"), other)
+        found.append(Candidate(f"{other}, {PACKED}", packed, None, later=later))
+    return found
 
 
 def _native(

@@ -44,7 +44,7 @@ def chosen(
     """What is chosen where candidates take these times, in the order in which they come to be timed."""
 
     def timed(runs: list[Any], **_: Any) -> list[Timing]:
-        return [Timing(time, 0.0, 6) for time in list(ms.values())[: len(runs)]]
+        return [Timing(time, time, time, 6) for time in list(ms.values())[: len(runs)]]
 
     monkeypatch.setattr(module, "interleaved", timed)
     reference = output_reference(given[0].graph, [X], MODEL_FLOOR_ULPS)
@@ -81,7 +81,7 @@ def test_the_fastest_itself_is_compiled_for_longer(graph: Graph, monkeypatch: py
 def test_one_that_was_disturbed_is_judged_by_its_quick_calls(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timings = [Timing(1.0, 0.05, 6), Timing(1.1, 0.4, 6)]
+    timings = [Timing(0.95, 1.0, 1.05, 6), Timing(0.7, 1.1, 1.5, 6)]
     monkeypatch.setattr(module, "interleaved", lambda runs, **_: timings)
     given = [candidate("steady", graph), candidate("disturbed", graph)]
     reference = output_reference(graph, [X], MODEL_FLOOR_ULPS)

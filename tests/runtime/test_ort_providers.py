@@ -16,10 +16,10 @@ from graphopt import OrtOptions, Target
 from graphopt.capture.export import capture_any
 from graphopt.compiler.device import device_limits
 from graphopt.compiler.remarks import Remarks
-from graphopt.errors import InputError, TargetError
+from graphopt.errors import TargetError
 from graphopt.runtime import ways
 from graphopt.runtime.executors import EXECUTORS, absent
-from graphopt.runtime.executors.ort import OpenVino, providers
+from graphopt.runtime.executors.ort import providers
 from graphopt.runtime.executors.ort.providers import CPU, CUDA, OPENVINO, TENSORRT, Provider
 from tests._models import MLP, randn, randomised
 
@@ -200,22 +200,26 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_openvino_is_asked_for_the_precision(plugin: list[Any]) -> None:
+def through_plugin(**options: Any) -> Target:
+    return Target(HOST.device, ort=OrtOptions(provider="OpenVINO", **options))
+
+
+def test_the_plugin_is_told_precision_and_threads(plugin: list[Any]) -> None:
     plugin += [device("OpenVINOExecutionProvider.AUTO"), device()]
-    for precision in ("f32", "bf16"):
-        provider = OpenVino(precision)._provider(HOST)
+    for given, precision in (({}, "f32"), ({"INFERENCE_PRECISION_HINT": "bf16"}, "bf16")):
+        provider = providers.provider_for(through_plugin(provider_options=given))
         config = json.loads(provider.options["load_config"])["CPU"]
         assert config["INFERENCE_PRECISION_HINT"] == precision
         assert config["INFERENCE_NUM_THREADS"] == str(torch.get_num_threads())
         assert provider.devices == (plugin[1],)
         assert provider.entries() == []  # a plugin is handed over by its devices
-    threads = OpenVino()._provider(Target(HOST.device, ort=OrtOptions(intra_op_threads=7))).options
+    threads = providers.provider_for(through_plugin(intra_op_threads=7)).options
     assert json.loads(threads["load_config"])["CPU"]["INFERENCE_NUM_THREADS"] == "7"
 
 
 def test_a_plugin_without_a_cpu_of_its_own_is_absent(plugin: list[Any]) -> None:
     plugin.append(device(kind=onnxruntime.OrtHardwareDeviceType.GPU))
-    assert "finds no CPU that it can use" in str(absent(EXECUTORS["openvino"], HOST))
+    assert "finds no CPU that it can use" in str(absent(EXECUTORS["ort"], through_plugin()))
 
 
 def test_a_plugin_that_does_not_load_is_absent(plugin: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +227,8 @@ def test_a_plugin_that_does_not_load_is_absent(plugin: list[Any], monkeypatch: p
         raise RuntimeError("libtbb.so.12 is missing")
 
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", fail)
-    assert "does not load: RuntimeError: libtbb.so.12 is missing" in str(absent(EXECUTORS["openvino"], HOST))
+    reason = str(absent(EXECUTORS["ort"], through_plugin()))
+    assert "does not load: RuntimeError: libtbb.so.12 is missing" in reason
 
 
 def test_a_plugin_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,16 +236,7 @@ def test_a_plugin_that_is_not_installed_says_how_to_install_it(monkeypatch: pyte
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(providers.importlib, "import_module", fail)
-    assert "pip install 'graphopt[openvino]'" in str(absent(EXECUTORS["openvino"], HOST))
-
-
-def test_openvino_is_for_the_cpu() -> None:
-    assert absent(EXECUTORS["openvino"], GPU) == "OpenVINO runs on the CPU, the target is cuda:1"
-
-
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(InputError, match=r"precision 'int8' is unknown\s+try: one of: f32, bf16"):
-        OpenVino("int8")  # type: ignore[arg-type]
+    assert "pip install 'graphopt[openvino]'" in str(absent(EXECUTORS["ort"], through_plugin()))
 
 
 def test_a_providers_entries_hold_copies() -> None:

@@ -131,9 +131,19 @@ def chosen(
     def beside(control: Candidate, candidate: Candidate, *_: Any) -> Any:
         scheduler.run(candidate.plan, [X])  # type: ignore[arg-type]
         assert not control.copies
-        return module.Timing(times[candidate.name], 0.0, 6)
+        return module.Timing.of([times[candidate.name]] * 6)
+
+    def warmed_up(candidate: Candidate, *_: Any) -> Any:
+        scheduler.run(candidate.plan, [X])  # type: ignore[arg-type]
+        return module.Timing.of([times[candidate.name]] * 6)
+
+    def fastest(right: list[Candidate], *_: Any) -> Candidate:
+        right[0].timing = module.Timing.of([times[right[0].name]] * 6)
+        return right[0]
 
     monkeypatch.setattr(module, "_beside", beside)
+    monkeypatch.setattr(module, "_warmed_up", warmed_up)
+    monkeypatch.setattr(module, "_fastest", fastest)
     reference = output_reference(graph, [X], MODEL_FLOOR_ULPS)
     return choose(given, [X], reference, HOST, Remarks(), timed=True)
 
@@ -151,8 +161,7 @@ def later(name: str, graph: Graph) -> Candidate:
 def test_one_copy_is_awake_at_a_time_and_the_fastest_is_taken(
     graph: Graph, best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = {"own": 0.8, "first": 0.9, "second": 0.7, best: 0.1}
-    monkeypatch.setattr(module, "_fastest", lambda right, *_: right[0])
+    times = {"own": 0.8, "first": 0.9, "second": 0.7, best: 0.65}
     given = [weighty("own", graph), later("first", graph), later("second", graph)]
     given.append(Candidate("eager", graph, plan_on("eager", graph)))
     choice = chosen(graph, given, times, monkeypatch)
@@ -160,6 +169,16 @@ def test_one_copy_is_awake_at_a_time_and_the_fastest_is_taken(
     assert Weighty.most == 1
     choice.rest_all_but(choice.plan)
     assert Weighty.awake == {best}
+
+
+def test_what_is_hopeless_is_not_timed_beside_others(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [weighty("own", graph), later("first", graph), later("second", graph)]
+    given.append(Candidate("eager", graph, plan_on("eager", graph)))
+    choice = chosen(graph, given, {"own": 1.0, "first": 1.6, "second": 1.51}, monkeypatch)
+    assert choice.best.name == "own"
+    assert Weighty.most == 1
+    found = {each.name: each.timing.median_ms for each in choice.candidates if each.timing is not None}
+    assert found == {"own": 1.0, "first": 1.6, "second": 1.51}
 
 
 def test_what_is_wrong_then_is_dropped(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +192,7 @@ def test_what_is_wrong_then_is_dropped(graph: Graph, monkeypatch: pytest.MonkeyP
 
 def test_where_all_others_fail_what_waits_is_made(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = Candidate("own", graph, None, reason="it does not run")
-    choice = chosen(graph, [failed, later("first", graph)], {}, monkeypatch)
+    choice = chosen(graph, [failed, later("first", graph)], {"first": 1.0}, monkeypatch)
     assert choice.best.name == "first"
 
 

@@ -99,6 +99,12 @@ def test_a_devices_clock_times_the_second_of_two_calls(clock: Clock) -> None:
     assert [timed(lambda: clock.sleep(next(naps))) for _ in range(2)] == pytest.approx([0.0, 50.0])
 
 
+def test_a_long_call_is_timed_at_once(clock: Clock) -> None:
+    naps = iter((0.5, 0.499, 0.6))
+    timed = clock_of(torch.device("cpu"))
+    assert [timed(lambda: clock.sleep(next(naps))) for _ in range(2)] == pytest.approx([500.0, 600.0])
+
+
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 def test_the_order_of_what_a_gpus_clock_does(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
     """Without a GPU, its interface is a fake one that writes down what it is asked for."""

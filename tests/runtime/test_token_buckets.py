@@ -25,6 +25,7 @@ from graphopt.passes.default import pipeline
 from graphopt.runtime import choosing, scheduler
 from graphopt.runtime import tokens as counting
 from graphopt.runtime.candidates import Candidate
+from graphopt.runtime.executors import EXECUTORS, absent
 from graphopt.runtime.executors.cuda import Cuda, CudaProgram, uncapturable
 from graphopt.runtime.plan import Padded, Plan, Step, ends_of
 from graphopt.runtime.region import Region, extract
@@ -251,8 +252,23 @@ def test_executors_that_cannot_run_packed_tokens_leave_a_remark(monkeypatch: pyt
 
     monkeypatch.setattr(Cuda, "supports", refuse)
     remarks = Remarks()
-    found = plan_packed(packed("their mean"), ("cuda",), Target(CPU), remarks)
+    (found,) = plan_packed(packed("their mean"), ("cuda",), Target(CPU), remarks)
     assert isinstance(found, Candidate)
     assert found.plan is None
     assert found.name == "cuda, padding removed"
     assert any("was dropped: no executor runs aten.nonzero" in row.reason for row in remarks.rows)
+
+
+@pytest.mark.openvino
+@pytest.mark.skipif(absent(EXECUTORS["openvino"], Target(CPU)) is not None, reason="OpenVINO is not here")
+def test_on_a_cpu_openvino_is_a_way_to_run_packed_tokens() -> None:
+    graph = packed("their mean")
+    own, other = plan_packed(graph, None, Target(CPU), Remarks())
+    assert (own.name, other.name) == ("ort, padding removed", "openvino, padding removed")
+    assert other.plan is None
+    other.make()
+    assert other.plan is not None
+    inputs = given(graph, MASKS["the example"])
+    wanted = graph.module.forward(*inputs)
+    for got, value in zip(scheduler.run(other.plan, inputs), wanted, strict=True):
+        torch.testing.assert_close(got, value)

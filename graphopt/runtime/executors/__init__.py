@@ -7,8 +7,9 @@ from graphopt.runtime.executors.cuda import Cuda
 from graphopt.runtime.executors.eager import Eager
 from graphopt.runtime.executors.inductor import Inductor
 from graphopt.runtime.executors.onednn import Onednn
-from graphopt.runtime.executors.ort import OpenVino, Ort
-from graphopt.runtime.executors.ort.providers import openvino_is_installed
+from graphopt.runtime.executors.openvino import OpenVino
+from graphopt.runtime.executors.openvino import is_installed as openvino_is_installed
+from graphopt.runtime.executors.ort import Ort
 from graphopt.runtime.target import Target
 
 EXECUTORS: dict[str, Executor] = {
@@ -18,7 +19,7 @@ EXECUTORS: dict[str, Executor] = {
 
 def absent(executor: Executor, target: Target) -> str | None:
     """Why an executor cannot run on a target at all; None when it can, or when only its nodes will tell."""
-    return executor.absent(target) if isinstance(executor, Ort) else None
+    return executor.absent(target) if isinstance(executor, Ort | OpenVino) else None
 
 
 def besides(target: Target) -> str | None:

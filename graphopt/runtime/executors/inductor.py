@@ -8,7 +8,6 @@ which lets Inductor choose their layout.
 from __future__ import annotations
 
 import gc
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import is_getitem, is_symbolic, op_name
 from graphopt.ir.op import op_of
 from graphopt.runtime.executors._protocol import KernelTime, Note
+from graphopt.runtime.executors._remade import Remade
 from graphopt.runtime.executors.cuda import computing, graphless, uncapturable
 from graphopt.runtime.graphed import Graphed
 from graphopt.runtime.implementations import untraceable
@@ -44,9 +44,7 @@ class InductorProgram:
     def __init__(self, region: Region, device: torch.device, compiled: Callable[[], _Compiled]) -> None:
         self._region = region
         self._device = device
-        self._compile = compiled
-        self._compiled: _Compiled | None = compiled()
-        self._compiling = threading.Lock()
+        self._compiled = Remade(compiled)
         on_gpu = device.type == "cuda"
         self._outside = _outside(region, device) if on_gpu else None
         graphed = on_gpu and self._outside is None
@@ -54,16 +52,11 @@ class InductorProgram:
 
     @property
     def _function(self) -> Callable[..., Any]:
-        compiled = self._compiled
-        if compiled is None:
-            with self._compiling:
-                compiled = self._compiled = self._compiled or self._compile()
-        return compiled.function
+        return self._compiled.get().function
 
     def rest(self) -> None:
         """Let go of frozen weights, on a CPU, until the next run has the code compiled, or loaded, again."""
-        if self._graphed is None and self._compiled is not None:
-            self._compiled = None
+        if self._graphed is None and self._compiled.drop():
             gc.collect()  # what Inductor makes refers to itself in circles
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:

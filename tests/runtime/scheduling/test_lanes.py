@@ -320,7 +320,7 @@ def test_side_by_side_is_chosen_where_it_is_right_and_measured_faster(
         ((20, 19.9), True, ()),
         ((20, 12), False, ()),
     ):
-        timings = [Timing(one, 0.1, 5) for one in ms]
+        timings = [Timing(one - 0.1, one, one + 0.1, 5) for one in ms]
         monkeypatch.setattr(arrange, "interleaved", lambda runs, timings=timings, **_: timings)
         remarks = Remarks()
         found = arranged(made, [X], remarks, lambda outputs, right=right: right)

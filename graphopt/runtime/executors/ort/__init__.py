@@ -1,4 +1,4 @@
-"""The executors built on ONNX Runtime: ``ort`` on a provider of the installed build, and ``openvino``.
+"""The ``ort`` executor: a region as a session of ONNX Runtime, on one of its providers.
 
 Weights are not copied into a session where it can read the model's own memory, inputs and outputs are bound
 by their addresses, and on a GPU calls follow the caller's stream and the host waits for nothing.
@@ -6,7 +6,7 @@ by their addresses, and on a GPU calls follow the caller's stream and the host w
 
 from __future__ import annotations
 
-from graphopt.runtime.executors.ort.executor import OpenVino, Ort
+from graphopt.runtime.executors.ort.executor import Ort, inexpressible
 from graphopt.runtime.executors.ort.program import OrtProgram
 
-__all__ = ["OpenVino", "Ort", "OrtProgram"]
+__all__ = ["Ort", "OrtProgram", "inexpressible"]

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.runtime.executors._protocol import KernelTime, Note
+from graphopt.runtime.executors._remade import Remade
 from graphopt.runtime.executors.ort import placement
 from graphopt.runtime.executors.ort.providers import CPU, Provider
 from graphopt.runtime.executors.ort.session import Session
@@ -48,24 +49,20 @@ class OrtProgram:
         self._outputs = [(node.meta["val"].dtype, fixed_shape(node)) for node in region.results]
         self._times: list[KernelTime] | None = None
         self._profiled, self._recording = 0, threading.Lock()
-        self._opened: Session | None = None
+        self._opened = Remade(self._open)
         self._fallbacks = self._session.placement.fallbacks(model, provider)
+
+    def _open(self) -> Session:
+        self._profiled = 0
+        return Session(self.model, self._provider, self._options, profiled=self._times is None)
 
     @property
     def _session(self) -> Session:
-        session = self._opened
-        if session is None:
-            with self._recording:
-                session = self._opened or Session(
-                    self.model, self._provider, self._options, profiled=self._times is None
-                )
-                self._opened = session
-        return session
+        return self._opened.get()
 
     def rest(self) -> None:
         """Close the session, and with it ONNX Runtime's packed weights, until the next run opens another."""
-        with self._recording:
-            self._opened, self._profiled = None, 0
+        self._opened.drop()
 
     @property
     def provider(self) -> str:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
@@ -25,8 +25,6 @@ _SUFFIX = "ExecutionProvider"
 CPU, CUDA, TENSORRT = (f"{name}{_SUFFIX}" for name in ("CPU", "CUDA", "Tensorrt"))
 OPENVINO = f"OpenVINO{_SUFFIX}"
 _CONFIG = "load_config"  # its option that holds all others, as JSON
-
-Precision = Literal["f32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,8 @@ def provider_for(target: Target) -> Provider:
         TargetError: the build has no such provider, or it does not run where the target is.
     """
     options = target.ort
+    if _short(options.provider or "") == _short(OPENVINO):
+        return _openvino(target)
     name = find(options.provider or target.device.type)
     on_gpu = name in (CUDA, TENSORRT)
     if on_gpu != (target.device.type == "cuda"):
@@ -107,8 +107,8 @@ def find(short: str) -> str:
         TargetError: the build does not have it.
     """
     names: list[str] = onnxruntime.get_available_providers()
-    built = {name.removesuffix(_SUFFIX).lower(): name for name in names}
-    wanted = short.removesuffix(_SUFFIX).lower()
+    built = {_short(name): name for name in names}
+    wanted = _short(short)
     if wanted not in built:
         install = "install onnxruntime-gpu, or " if wanted in ("cuda", "tensorrt") else ""
         raise TargetError(
@@ -116,6 +116,10 @@ def find(short: str) -> str:
             hint=f"{install}one of: {', '.join(sorted(built))}",
         )
     return built[wanted]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(_SUFFIX).lower()
 
 
 @functools.cache
@@ -149,9 +153,8 @@ def _library_problem(name: str) -> str | None:
 
     ONNX Runtime only logs it. None when it loads, or when the provider is no library of its own.
     """
-    short = name.removesuffix(_SUFFIX).lower()
     folder = Path(onnxruntime.__file__).parent / "capi"
-    library = folder / f"libonnxruntime_providers_{short}.so"
+    library = folder / f"libonnxruntime_providers_{_short(name)}.so"
     if not sys.platform.startswith("linux") or not library.exists():
         return None
     try:
@@ -177,26 +180,28 @@ _PLUGIN = "onnxruntime_ep_openvino"
 _REGISTERING = threading.Lock()
 
 
-def openvino(precision: Precision, threads: int) -> Provider:
+def _openvino(target: Target) -> Provider:
     """OpenVINO on the CPU, as a plugin that is registered when it is first asked for.
 
-    Args:
-        precision: that it computes in. Left alone it takes bf16 where the processor has it.
-        threads: that it uses.
+    It computes in float32, where it would take bf16 by itself on processors that have it, unless the options
+    for the provider ask for another ``INFERENCE_PRECISION_HINT``.
 
     Raises:
-        TargetError: the plugin is not installed, or does not load.
+        TargetError: the plugin is not installed, or does not load, or the target is no CPU.
     """
+    if target.device.type != "cpu":
+        raise TargetError(f"OpenVINO runs on the CPU, the target is {target}")
     config = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": str(threads),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": str(torch_threads(target)),
+        **target.ort.provider_options,
     }
     return Provider(OPENVINO, {_CONFIG: json.dumps({"CPU": config})}, _openvino_devices())
 
 
-def openvino_is_installed() -> bool:
-    """True when the plugin's package can be found; whether it loads is found out when it is asked for."""
+def plugin_is_installed() -> bool:
+    """True when OpenVINO's plugin can be found; whether it loads is found out when it is asked for."""
     return importlib.util.find_spec(_PLUGIN) is not None
 
 

@@ -6,7 +6,7 @@ Nothing of them is in the file, so that a model of any size is one: protobuf end
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import onnxruntime
 import torch
 
 from graphopt.errors import LoweringError
+from graphopt.runtime.onnx_translation import quiet
 
 _SHARED = "shared"  # the "file" of initializers that live in the model's memory
 _MIN_SHARED_BYTES = 1024  # smaller ones stay in the graph, where ONNX Runtime's own folding sees them
@@ -127,24 +128,39 @@ def write_without_weights(model: ir.Model, path: Path) -> None:
     Raises:
         LoweringError: what is left is more than a file may hold.
     """
+    path.write_bytes(without_weights(model, lambda name: (_SHARED, 0)))
+    with (path.parent / _SHARED).open("wb") as hole:
+        hole.truncate(max((tensor.nbytes for _, _, tensor in large(model)), default=0))
+
+
+def without_weights(model: ir.Model, place: Callable[[str], tuple[str, int]]) -> bytes:
+    """A model as it is in a file, its large initializers left out.
+
+    Args:
+        model: the model, which stays as it is.
+        place: by the name of an initializer, the file that it is said to be in, and where in there.
+
+    Raises:
+        LoweringError: what is left is more than a file may hold.
+    """
     originals = list(large(model))
     try:
         for name, value, tensor in originals:
             shape = ir.Shape(tensor.shape.numpy())
+            file, offset = place(name)
             value.const_value = ir.ExternalTensor(
-                _SHARED, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
+                file, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name
             )
-        proto = ir.to_proto(model)
+        with quiet():
+            proto = ir.to_proto(model)
         if proto.ByteSize() > _MAX_FILE_BYTES:
             raise LoweringError(
                 f"the model without its weights is {proto.ByteSize()} bytes, above protobuf's 2 GB"
             )
-        path.write_bytes(proto.SerializeToString())
+        return bytes(proto.SerializeToString())
     finally:
         for _, value, tensor in originals:
             value.const_value = tensor
-    with (path.parent / _SHARED).open("wb") as hole:
-        hole.truncate(max((tensor.nbytes for _, _, tensor in originals), default=0))
 
 
 def _only_kernels_read(weight: ir.Value) -> bool:
