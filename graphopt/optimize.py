@@ -33,6 +33,7 @@ from graphopt.precision import calibration_calls, default_max_loss, narrowed, re
 from graphopt.precision import passes_of as precision_passes
 from graphopt.runtime import candidates as runtime
 from graphopt.runtime.candidates import Choice, choose
+from graphopt.runtime.changing import changing
 from graphopt.runtime.target import Target
 from graphopt.runtime.ways import plan_candidates, plan_packed
 
@@ -145,13 +146,13 @@ def optimize(
     with clock.stage("lower", 0.5):
         padded = plan_candidates(base, outcome.graph, executors, where, remarks, effort)
         real = plan_packed(packed.graph, executors, where, remarks, effort) if packed is not None else []
-        candidates = [*real, *padded]
-        if narrow is not None:
-            candidates[:0] = narrow.candidates(reference, executors, where, effort)
+        narrower = narrow.candidates(reference, executors, where, effort) if narrow is not None else []
+        candidates = [*narrower, *real, *padded]
     with clock.stage("measure", 0.8):
-        timed = effort == "measured"
+        timed, mask = effort == "measured", packed.mask if packed is not None else None
+        turns = changing(captured, inputs, where, mask) if timed else None
         chosen = choose(
-            candidates, inputs, reference, where, remarks, timed=timed, require_cuda_graph=require_cuda_graph
+            candidates, inputs, reference, where, remarks, turns, require_cuda_graph=require_cuda_graph
         )
         plan = chosen.plan
         if packed is not None and chosen.best.graph is packed.graph:

@@ -53,6 +53,14 @@ def _without_openvino(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _unsettled() -> Iterator[None]:
+    """What is timed in tests does not wait for others' threads to come to rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphopt.runtime.rounds._SETTLING_MS", 0.0)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """What a test sets for its process, the next does not find: a benchmark's threads, for one."""

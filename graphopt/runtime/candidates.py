@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from graphopt.runtime.profile import NodeTime, node_times
 from graphopt.runtime.rounds import clock_of, interleave
 from graphopt.runtime.scheduling.arrange import arranged
 from graphopt.runtime.target import Target
+
+Turns = Sequence[Sequence[torch.Tensor]]
 
 _SECONDS = 4.0  # about how long the candidates are timed against each other
 _ROUNDS = 25  # at most, of one that has its turn alone
@@ -128,8 +131,8 @@ def choose(
     reference: Reference,
     target: Target,
     remarks: Remarks,
+    turns: Turns | None = None,
     *,
-    timed: bool,
     require_cuda_graph: bool = False,
 ) -> Choice:
     """Check every candidate against float64, time those that are right, and mark the fastest.
@@ -140,7 +143,7 @@ def choose(
         reference: the original's outputs, to hold theirs against.
         target: where they run.
         remarks: takes why a candidate was dropped.
-        timed: measure; otherwise the first that is right is taken.
+        turns: inputs that calls are timed on, in turn; None to take the first that is right.
         require_cuda_graph: take only those that run in CUDA graphs as a whole.
 
     Raises:
@@ -159,18 +162,18 @@ def choose(
         reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
         raise LoweringError(f"no executor gives the right answer: {reasons}")
     best = right[0]
-    if timed:
-        best = _fastest(right, inputs, target)
+    if turns is not None:
+        best = _fastest(right, turns, target)
         more = _deeper(right, best, remarks)
         candidates = [*candidates, *more]
         right += check(more)
-        best = _fastest(right, inputs, target) if more else best
-        best = _in_turn(waiting, right, best, check, inputs, target)
+        best = _fastest(right, turns, target) if more else best
+        best = _in_turn(waiting, right, best, check, turns, target)
         _compare_mixed(right, best, remarks)
     best.chosen = True
     assert best.plan is not None
     best.node_times = node_times(best.plan, inputs)
-    if timed:
+    if turns is not None:
         best.plan = arranged(
             best.plan,
             inputs,
@@ -201,12 +204,12 @@ def _right(
     return [candidate for candidate in candidates if candidate.plan is not None]
 
 
-def _fastest(right: Sequence[Candidate], inputs: Sequence[torch.Tensor], target: Target) -> Candidate:
+def _fastest(right: Sequence[Candidate], turns: Turns, target: Target) -> Candidate:
     """Time candidates against each other, and return the fastest by what a call takes undisturbed.
 
     Of one whose threads another process disturbs the median moves by a third, the lower quartile does not.
     """
-    runs = [_runner(candidate.plan, inputs) for candidate in right if candidate.plan is not None]
+    runs = [_runner(candidate.plan, turns) for candidate in right if candidate.plan is not None]
     timings = interleaved(runs, seconds=_SECONDS, device=target.device)
     for candidate, timing in zip(right, timings, strict=True):
         candidate.timing = timing
@@ -218,7 +221,7 @@ def _in_turn(
     right: list[Candidate],
     best: Candidate,
     check: Callable[[Sequence[Candidate]], list[Candidate]],
-    inputs: Sequence[torch.Tensor],
+    turns: Turns,
     target: Target,
 ) -> Candidate:
     """Compile and time those that wait, each while no other holds copies of weights; returns the fastest.
@@ -231,7 +234,7 @@ def _in_turn(
         right: those that were; takes the waiting that are right.
         best: the fastest of them.
         check: drops those that are wrong, and returns the others.
-        inputs: the example inputs.
+        turns: inputs that calls are timed on in turn.
         target: where they run.
     """
     control = next((candidate for candidate in right if not candidate.copies), best)
@@ -244,15 +247,15 @@ def _in_turn(
             continue
         right.append(candidate)
         assert best.timing is not None
-        candidate.timing = _warmed_up(candidate, inputs, target)
+        candidate.timing = _warmed_up(candidate, turns, target)
         if candidate.timing.lower_ms > HOPELESS * best.timing.lower_ms:
             candidate.rest()
             continue
         if own is None:
             candidate.rest()
-            own = _beside(control, best, inputs, target)
+            own = _beside(control, best, turns, target)
             best.rest()
-        found = _beside(control, candidate, inputs, target)
+        found = _beside(control, candidate, turns, target)
         # as if they had been timed in the same rounds
         candidate.timing = found.times(best.timing.lower_ms / own.lower_ms)
         if found.lower_ms < own.lower_ms:
@@ -262,22 +265,20 @@ def _in_turn(
     return best
 
 
-def _warmed_up(candidate: Candidate, inputs: Sequence[torch.Tensor], target: Target) -> Timing:
+def _warmed_up(candidate: Candidate, turns: Turns, target: Target) -> Timing:
     """What a candidate's first calls take, the quickest: enough to see that it is hopeless."""
     assert candidate.plan is not None
-    run, clock = _runner(candidate.plan, inputs), clock_of(target.device)
+    run, clock = _runner(candidate.plan, turns), clock_of(target.device)
     took = min(clock(run) for _ in range(WARM_UP))
     return Timing(took, took, took, WARM_UP)
 
 
-def _beside(
-    control: Candidate, candidate: Candidate, inputs: Sequence[torch.Tensor], target: Target
-) -> Timing:
+def _beside(control: Candidate, candidate: Candidate, turns: Turns, target: Target) -> Timing:
     """What a candidate takes in rounds with another, in multiples of what that one takes undisturbed."""
     if candidate is control:
         return Timing(1.0, 1.0, 1.0, 0)
     plans = {"control": control.plan, "own": candidate.plan}
-    runs = {name: _runner(plan, inputs) for name, plan in plans.items() if plan is not None}
+    runs = {name: _runner(plan, turns) for name, plan in plans.items() if plan is not None}
     clock = clock_of(target.device)
     times = interleave(runs, _ROUNDS, seconds=_SECONDS, clock=clock, warm_up=1)
     unit = Timing.of(times["control"]).lower_ms
@@ -328,8 +329,9 @@ def _outside(plan: Plan, remarks: Remarks) -> str:
 _NAMED = 8  # nodes in an error's message
 
 
-def _runner(plan: Plan, inputs: Sequence[torch.Tensor]) -> Any:
-    return lambda: scheduler.run(plan, inputs)
+def _runner(plan: Plan, turns: Turns) -> Any:
+    given = itertools.cycle(turns)
+    return lambda: scheduler.run(plan, next(given))
 
 
 def _check(

@@ -11,7 +11,8 @@ import torch
 from graphopt.runtime.rounds import Clock, clock_of, interleave
 
 WARM_UP = 2
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 25  # each of two calls of a candidate
+_MAX_ROUNDS = 25  # each of two calls of a candidate
+_SHORT = 1.0  # seconds that are enough for calls which are quick
 HOPELESS = 1.5  # times as slow as the best in its warm-up: more rounds would not change the choice
 
 
@@ -72,7 +73,7 @@ def _interleaved(candidates: Sequence[Callable[[], object]], seconds: float, clo
     times = {name: [clock(sides[name]) for _ in range(WARM_UP)] for name in names}
     best = min(map(min, times.values()))
     hopeful = {name: sides[name] for name in names if min(times[name]) <= HOPELESS * best}
-    cost = 4 * sum(min(times[name]) for name in hopeful) / 1e3
-    rounds = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(seconds / max(cost, 1e-6))))
-    times |= interleave(hopeful, rounds, clock=clock, warm_up=0)
+    calls = 4 * sum(min(times[name]) for name in hopeful) / 1e3
+    seconds = min(seconds, max(_SHORT, _MAX_ROUNDS * calls))  # quick calls are judged by fewer rounds
+    times |= interleave(hopeful, _MAX_ROUNDS, seconds=seconds, clock=clock, warm_up=0)
     return [Timing.of(times[name]) for name in names]

@@ -143,7 +143,7 @@ def test_what_is_outside_the_graphs_is_named_with_the_reason(monkeypatch: pytest
         LoweringError,
         match=r"outside CUDA graphs are aten.linalg_inv \(linalg_inv: cuda: .* waits for the GPU to see",
     ):
-        choose(found, inputs, reference, target, remarks, timed=False, require_cuda_graph=True)
+        choose(found, inputs, reference, target, remarks, require_cuda_graph=True)
 
 
 def graph_of(forward: torch.nn.Module) -> Graph:

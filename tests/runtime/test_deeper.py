@@ -48,7 +48,7 @@ def chosen(
 
     monkeypatch.setattr(module, "interleaved", timed)
     reference = output_reference(given[0].graph, [X], MODEL_FLOOR_ULPS)
-    return choose(given, [X], reference, HOST, remarks, timed=True)
+    return choose(given, [X], reference, HOST, remarks, [[X]])
 
 
 def test_one_that_comes_near_is_compiled_for_longer_and_timed_with_all(
@@ -85,7 +85,7 @@ def test_one_that_was_disturbed_is_judged_by_its_quick_calls(
     monkeypatch.setattr(module, "interleaved", lambda runs, **_: timings)
     given = [candidate("steady", graph), candidate("disturbed", graph)]
     reference = output_reference(graph, [X], MODEL_FLOOR_ULPS)
-    assert choose(given, [X], reference, HOST, Remarks(), timed=True).best.name == "disturbed"
+    assert choose(given, [X], reference, HOST, Remarks(), [[X]]).best.name == "disturbed"
 
 
 def test_one_that_is_wrong_then_is_dropped(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:

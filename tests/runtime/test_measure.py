@@ -40,9 +40,17 @@ def test_one_that_is_hopeless_is_not_called_again(clock: Clock) -> None:
         clock.sleep(0.01)
 
     hopeless, best = interleaved([slow, fast], seconds=1.0, device=CPU)
-    assert calls == [4, 4 + 2 * 48]
-    assert (hopeless.rounds, best.rounds) == (2, 48)
+    assert calls == [4, 4 + 2 * 50]
+    assert (hopeless.rounds, best.rounds) == (2, 50)
     assert hopeless.median_ms == pytest.approx(100.0)
+
+
+def test_quick_calls_are_judged_in_a_second(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_SETTLING_MS", 15.0)
+    found = interleaved([clock.sleeping(0.001)] * 2, seconds=4.0, device=CPU)
+    spent = 2 * (2 * 16 + found[0].rounds * 16) * 1e-3
+    assert 1.0 <= spent < 1.2
+    assert [row.median_ms for row in found] == pytest.approx([1.0] * 2)
 
 
 def test_however_long_a_call_takes_there_are_quartiles(clock: Clock) -> None:

@@ -145,7 +145,7 @@ def chosen(
     monkeypatch.setattr(module, "_warmed_up", warmed_up)
     monkeypatch.setattr(module, "_fastest", fastest)
     reference = output_reference(graph, [X], MODEL_FLOOR_ULPS)
-    return choose(given, [X], reference, HOST, Remarks(), timed=True)
+    return choose(given, [X], reference, HOST, Remarks(), [[X]])
 
 
 @pytest.fixture(autouse=True)

@@ -93,8 +93,11 @@ def test_a_given_clock_is_asked() -> None:
     assert interleave({"a": lambda: None}, rounds=2, clock=lambda run: 7.0) == {"a": [7.0] * 4}
 
 
-def test_a_devices_clock_times_the_second_of_two_calls(clock: Clock) -> None:
-    naps = iter((0.05, 0.0, 0.0, 0.05))
+def test_a_devices_clock_times_a_call_after_others_of_the_same_side(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "_SETTLING_MS", 15.0)
+    naps = iter((0.05, 0.0, 0.008, 0.008, 0.05))
     timed = clock_of(torch.device("cpu"))
     assert [timed(lambda: clock.sleep(next(naps))) for _ in range(2)] == pytest.approx([0.0, 50.0])
 

@@ -181,7 +181,7 @@ class _Request:
         held = []  # the request knows addresses alone: what is written out here must live until it has run
         for place, (tensor, own) in enumerate(zip(inputs, self._inputs, strict=True)):
             if own is not None:
-                own.copy_(tensor)
+                own.copy_(tensor.detach())
             else:
                 held.append(tensor.detach().resolve_neg().contiguous())
                 self._request.set_input_tensor(place, _over(held[-1]))
@@ -231,7 +231,7 @@ def _settings(precision: Precision, threads: int) -> dict[str, Any]:
 
 
 _TRIAL = """
-import json, sys, numpy, openvino
+import json, sys, openvino
 core = openvino.Core()
 model = core.compile_model(core.read_model(sys.argv[1]), "CPU", json.loads(sys.argv[2]))
 if not any(port.partial_shape.is_dynamic for port in model.inputs):
@@ -261,8 +261,8 @@ def _try_elsewhere(model: ir.Model, settings: dict[str, Any]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LoweringError(f"OpenVINO cannot be tried in a process of its own: {said(error)}") from error
     if done.returncode < 0:  # what it says on its own it says again in this process
-        name = signal.Signals(-done.returncode).name
-        raise LoweringError(f"OpenVINO took down the process that tried the region first ({name})")
+        how = signal.strsignal(-done.returncode) or f"signal {-done.returncode}"
+        raise LoweringError(f"OpenVINO took down the process that tried the region first: {how}")
 
 
 @functools.cache
