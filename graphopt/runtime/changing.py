@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def _shorter(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 def _least(size: torch.SymInt) -> int:
     shape_env = size.node.shape_env
-    lower = None if shape_env is None else shape_env.bound_sympy(size.node.expr).lower
+    lower: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr).lower
     return max(_SMALLEST, int(lower) if getattr(lower, "is_Integer", False) else _SMALLEST)
 
 

@@ -36,7 +36,8 @@ class Timing:
     @staticmethod
     def of(times: Sequence[float]) -> Timing:
         """What calls took, two or more, in milliseconds."""
-        return Timing(*statistics.quantiles(times, n=4), len(times))
+        lower, middle, upper = statistics.quantiles(times, n=4)
+        return Timing(lower, middle, upper, len(times))
 
     @property
     def spread_ms(self) -> float:

@@ -187,10 +187,10 @@ class _Request:
                 self._request.set_input_tensor(place, _over(held[-1]))
         results: list[torch.Tensor | None] = []
         for place, ((dtype, shape), own) in enumerate(zip(outputs, self._outputs, strict=True)):
-            written = own is None and shape is not None
-            results.append(torch.empty(shape, dtype=dtype) if written else None)
-            if written:
-                self._request.set_output_tensor(place, _over(results[place]))
+            written = torch.empty(shape, dtype=dtype) if own is None and shape is not None else None
+            if written is not None:
+                self._request.set_output_tensor(place, _over(written))
+            results.append(written)
         self._request.infer()
         del held
         return [self._made(place) if result is None else result for place, result in enumerate(results)]
