@@ -46,8 +46,8 @@ class Speed:
 
 # On an EPYC with AVX-512 (PyTorch 2.13, ONNX Runtime 1.31): a call of a region of one relu of one number, and
 # what one node more of that kind adds; Inductor's are taken to lie between. Slowdown: BERT-base 1x128 takes
-# 118 ms in eager, 105 in ONNX Runtime. OpenVINO's are taken for ONNX Runtime's; a
-# call is measured where it is installed. Decomposed: a layer norm with its sum is read and written twice.
+# 118 ms in eager, 105 in ONNX Runtime. OpenVINO's are taken for ONNX Runtime's; a call is measured where it
+# is installed. Decomposed: a layer norm with its sum is read and written twice.
 _CPU = {
     "ort": Speed(0.015, 0.0005),
     "openvino": Speed(0.015, 0.0005),

@@ -74,7 +74,7 @@ def _interleaved(candidates: Sequence[Callable[[], object]], seconds: float, clo
     times = {name: [clock(sides[name]) for _ in range(WARM_UP)] for name in names}
     best = min(map(min, times.values()))
     hopeful = {name: sides[name] for name in names if min(times[name]) <= HOPELESS * best}
-    calls = 4 * sum(min(times[name]) for name in hopeful) / 1e3
-    seconds = min(seconds, max(_SHORT, _MAX_ROUNDS * calls))  # quick calls are judged by fewer rounds
+    round_s = 4 * sum(min(times[name]) for name in hopeful) / 1e3  # settling left out
+    seconds = min(seconds, max(_SHORT, _MAX_ROUNDS * round_s))  # quick calls are judged by fewer rounds
     times |= interleave(hopeful, _MAX_ROUNDS, seconds=seconds, clock=clock, warm_up=0)
     return [Timing.of(times[name]) for name in names]
