@@ -115,6 +115,14 @@ def projection(x: Value, weight: Value, bias: Value | None, epilogue: Callable[[
     return op.Reshape(product, op.Concat(op.Shape(x, start=0, end=-1), last, axis=0))
 
 
+def dequantized(weight: Value, scale: Value, zero_point: Value | None = None) -> Any:
+    """A weight (N, ...) of codes as numbers, by a scale and a zero point for each of N."""
+    given = (weight, scale) if zero_point is None else (weight, scale, zero_point)
+    numbers = op.DequantizeLinear(*given, axis=0)
+    numbers.shape = weight.shape  # what is computed has none yet
+    return numbers
+
+
 def _sizes(leading: list[int], last: Any, like: Value, dim: int) -> Any:
     """A shape whose last size is a dimension of ``like``, a constant where that is known."""
     if isinstance(last, int):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
-from graphopt.kernels._onnx import Value, emit, op
+from graphopt.kernels._onnx import Value, dequantized, emit, linear, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = (
@@ -116,6 +116,8 @@ def _cost(
 
 # Whether a product may scale as it multiplies, which only ONNX Runtime's own node does.
 _SCALES: dict[Tuning, bool] = {"any": True, "portable": False}
+# Whether x is left to the runtime, which quantizes it by itself before a product with a weight in 8 bits.
+_QUANTIZES: dict[Tuning, bool] = {"any": False, "openvino": True}
 
 
 def _onnx(
@@ -138,6 +140,8 @@ def _onnx(
     x, scale, bias = (
         v if v is None or v.dtype == kind else op.Cast(v, to=int(kind)) for v in (x, scale, bias)
     )
+    if spelled(_QUANTIZES):
+        return _finished(linear(x, dequantized(weight, scale), bias), given, activation, parameter)
     features = op.Shape(weight, start=1, end=2)
     rows = op.Reshape(x, op.Concat(op.Constant(value_ints=[-1]), features, axis=0))
     last, nothing = op.Constant(value_ints=[1]), op.Constant(value_float=0.0)
@@ -160,10 +164,15 @@ def _onnx(
     right = op.Concat(op.Unsqueeze(sums, axis), op.Unsqueeze(bias, axis), axis=0)
     left = op.Concat(op.Mul(below, step), op.Div(step, step), axis=1)
     out = op.Gemm(left, right, op.Mul(product, step))
-    out.dtype = kind  # what is computed has no type yet, and activations ask
-    out = ONNX[activation](out, parameter)
     out = op.Reshape(out, op.Concat(op.Shape(x, start=0, end=-1), op.Shape(scale), axis=0))
-    return out if given == kind else op.Cast(out, to=int(given))
+    return _finished(out, given, activation, parameter)
+
+
+def _finished(out: Any, given: ir.DataType, activation: str, parameter: float) -> Any:
+    """A product in float32 with its activation, in the type that was given."""
+    out.dtype = ir.DataType.FLOAT  # what is computed has no type yet, and activations ask
+    out = ONNX[activation](out, parameter)
+    return out if given == ir.DataType.FLOAT else op.Cast(out, to=int(given))
 
 
 def _samples() -> Iterator[Sample]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.kernels._linear_triton import refuse_product
-from graphopt.kernels._onnx import Value, linear, op
+from graphopt.kernels._onnx import Value, dequantized, linear
 from graphopt.kernels._quantized_triton import quantized_product
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
@@ -99,10 +99,7 @@ def _onnx(
     x: Value, weight: Value, scale: Value, bias: Value | None = None, zero_point: Value | None = None
 ) -> Any:
     """DequantizeLinear and Gemm; the file keeps a byte a weight."""
-    given = (weight, scale) if zero_point is None else (weight, scale, zero_point)
-    dequantized = op.DequantizeLinear(*given, axis=0)
-    dequantized.shape = weight.shape  # what is computed has none yet
-    return linear(x, dequantized, bias)
+    return linear(x, dequantized(weight, scale, zero_point), bias)
 
 
 def _samples() -> Iterator[Sample]:

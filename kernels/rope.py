@@ -177,8 +177,9 @@ def _refuses(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved:
     return refuse(x, cos, sin)
 
 
-# Whether a table that serves a whole batch goes to com.microsoft's RotaryEmbedding, which takes it as it is.
-_ONE_TABLE: dict[Tuning, bool] = {"any": True, "portable": False}
+# Whether a table that serves a whole batch goes to com.microsoft's RotaryEmbedding, which takes it as it is;
+# OpenVINO 2026.4 turns every token by the angles of the first.
+_ONE_TABLE: dict[Tuning, bool] = {"any": True, "openvino": False, "portable": False}
 
 
 def _onnx(x: Value, cos: Value, sin: Value, interleaved: bool = False) -> Any:

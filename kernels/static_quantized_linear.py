@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
 from graphopt.kernels._activations import ONNX, TORCH, require_known
-from graphopt.kernels._onnx import Value, emit, op
+from graphopt.kernels._onnx import Value, dequantized, emit, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
 SCHEMA = (
@@ -116,8 +116,13 @@ def _cost(
     return product_cost(x, weight.shape, weight, scale, factor, bias)
 
 
-# Whether a product may scale as it multiplies, which only ONNX Runtime's own node does.
-_SCALES: dict[Tuning, bool] = {"any": True, "portable": False}
+# What the product of codes is: a node of ONNX Runtime's that scales as it multiplies, ONNX's own, or a
+# product of numbers that OpenVINO finds to be codes.
+_PRODUCT: dict[Tuning, str] = {
+    "any": "MatMulIntegerToFloat",
+    "portable": "MatMulInteger",
+    "openvino": "MatMul",
+}
 
 
 def _onnx(
@@ -134,21 +139,25 @@ def _onnx(
     """QuantizeLinear and MatMulIntegerToFloat, which scales and adds the bias as it multiplies.
 
     The factors are a product in front: QuantizeLinear with a scale a feature quantizes number by number.
-    Where MatMulIntegerToFloat is not to be had, MatMulInteger, a product with the scale and a sum.
     """
     given, kind = x.dtype, ir.DataType.FLOAT
     x, scale, factor, bias = (
         v if v is None or v.dtype == kind else op.Cast(v, to=int(kind)) for v in (x, scale, factor, bias)
     )
     one = op.Constant(value_float=1.0)
-    zero = op.Cast(op.Constant(value_int=zero_point), to=int(ir.DataType.UINT8))
-    codes, columns = op.QuantizeLinear(op.Mul(x, factor), one, zero), op.Transpose(weight, perm=[1, 0])
-    if spelled(_SCALES):
-        more = (zero,) if bias is None else (zero, None, bias)
-        out = emit("MatMulIntegerToFloat", codes, columns, one, scale, *more)
-    else:
+    zero = op.Constant(value=ir.tensor(zero_point, dtype=ir.DataType.UINT8))
+    codes, product = op.QuantizeLinear(op.Mul(x, factor), one, zero), spelled(_PRODUCT)
+    if product == "MatMul":
+        numbers = op.Transpose(dequantized(weight, scale), perm=[1, 0])
+        out = op.MatMul(op.DequantizeLinear(codes, one, zero), numbers)
+    elif product == "MatMulInteger":
+        columns = op.Transpose(weight, perm=[1, 0])
         out = op.Mul(op.Cast(op.MatMulInteger(codes, columns, zero), to=int(kind)), scale)
-        out = out if bias is None else op.Add(out, bias)
+    else:
+        more = (zero,) if bias is None else (zero, None, bias)
+        out = emit(product, codes, op.Transpose(weight, perm=[1, 0]), one, scale, *more)
+    if product != "MatMulIntegerToFloat" and bias is not None:
+        out = op.Add(out, bias)
     out.dtype = kind  # what is computed has no type yet, and activations ask
     out = ONNX[activation](out, parameter)
     return out if given == kind else op.Cast(out, to=int(given))

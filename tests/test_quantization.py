@@ -18,6 +18,8 @@ from graphopt.compiler.lossy import relative_distance
 from graphopt.errors import InputError, TargetError
 from graphopt.passes import _blocks
 from graphopt.precision import PRECISIONS, require_possible
+from graphopt.runtime import executors
+from graphopt.runtime.executors import openvino
 from graphopt.runtime.target import Target
 from tests._models import CNN, Example, randn, randomised, tokens
 from tests._precision import MODEL, Network, X, made_up, optimized, reasons
@@ -28,6 +30,11 @@ CASTS = {"int8-static": STATIC, "int8-weights": WEIGHTS, "int4": INT4}
 SHARE = {"int8-static": 0.3, "int8-weights": 0.3, "int4": 0.18}
 
 
+def needs(executor: str) -> None:
+    if executor == "openvino" and (reason := openvino._problem()):
+        pytest.skip(reason)
+
+
 def lost(model: nn.Module, found: nn.Module, *args: torch.Tensor) -> float:
     with torch.no_grad():
         return relative_distance([model(*args)], [found(*args)])
@@ -36,11 +43,12 @@ def lost(model: nn.Module, found: nn.Module, *args: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     ("name", "executor"),
     [
-        *(("int8-static", way) for way in ("onednn", "ort", "eager")),
-        *((name, way) for name in ("int8-weights", "int4") for way in ("ort", "eager")),
+        *(("int8-static", way) for way in ("onednn", "ort", "openvino", "eager")),
+        *((name, way) for name in ("int8-weights", "int4") for way in ("ort", "openvino", "eager")),
     ],
 )
 def test_it_runs_within_its_default_loss(name: str, executor: str) -> None:
+    needs(executor)
     found = optimized(name, executor)
     assert found.report.precision == name
     assert found.report.chosen.name == f"{executor} ({name})"
@@ -112,6 +120,40 @@ def test_what_is_faster_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert graphopt.optimize(MODEL, (X,), precision=name).report.chosen.name == f"ort ({name})"
 
 
+OPENVINO = ("openvino ({})", "openvino, bf16 beside it ({})")
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize("name", ["int8", *CASTS])
+@pytest.mark.parametrize("installed", [True, False])
+def test_openvino_is_a_way_to_run_codes(name: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with all else in float32, once in bfloat16 where the processor has it, each held to the loss."""
+    needs("openvino")
+    monkeypatch.setattr(executors, "openvino_is_installed", lambda: installed)
+    first, second = (way.format(name) for way in OPENVINO)
+    made_up(monkeypatch, lambda candidate: {first: 0.5, second: 0.4}.get(candidate, 1.0))
+    found = graphopt.optimize(MODEL, (X,), precision=name, max_loss=0.1)
+    tried = {row.name: row for row in found.report.candidates if "openvino" in row.name}
+    assert ({first, second} <= set(tried)) == installed
+    if not installed:
+        return
+    narrow = tried[second]
+    if narrow.reason:
+        assert narrow.reason == "OpenVINO computes in f32 on this processor, not in bf16"
+    assert found.report.chosen.name == (first if narrow.reason else second)
+    assert [row["precision"] for row in found.report.plan] == ["f32" if narrow.reason else "bf16"]
+    assert 0 < found.report.loss <= 0.1
+    assert lost(MODEL, found, X) == pytest.approx(found.report.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("int8", True), ("int8-weights", True), ("int8-static", False)])
+def test_openvino_rounds_no_input_that_the_graph_does_not(name: str, rounds: bool) -> None:
+    needs("openvino")
+    (step,) = optimized(name, "openvino").plan.steps
+    group = step.program.settings.options["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
+    assert group == (32 if rounds else 0)
+
+
 @pytest.mark.parametrize("name", CASTS)
 def test_dynamic_sizes(name: str) -> None:
     found = optimized(name, "ort", dynamic={"x": {0: "rows"}})
@@ -178,8 +220,9 @@ def test_inputs_of_zeros_have_no_range() -> None:
 IMAGE = randn(4, 3, 20, 20)
 
 
-@pytest.mark.parametrize("executor", ["ort", "eager"])
+@pytest.mark.parametrize("executor", ["ort", "openvino", "eager"])
 def test_a_residual_network(executor: str) -> None:
+    needs(executor)
     model = randomised(CNN())
     found = graphopt.optimize(
         model, (IMAGE,), precision="int8-static", executors=(executor,), effort="fast", max_loss=0.05

@@ -76,9 +76,9 @@ def run_case(
         lengths=case.lengths,
         seed=case.seed,
     )
-    problem = dataclasses.replace(problem, precision=case.precision)
-    given = problem if isinstance(model, torch.nn.Module) else None
     max_loss = default_max_loss(case.precision, None)
+    problem = dataclasses.replace(problem, precision=case.precision, max_loss=max_loss or 0.0)
+    given = problem if isinstance(model, torch.nn.Module) else None
     own_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(setting.threads or own_threads)

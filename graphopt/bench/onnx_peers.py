@@ -1,9 +1,8 @@
-"""The peers that run PyTorch's own ONNX export: ONNX Runtime, its TensorRT provider, and OpenVINO."""
+"""The peers that run PyTorch's own ONNX export in ONNX Runtime: by itself, and by its TensorRT provider."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,16 +22,16 @@ _CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
 def export_plain(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """PyTorch's own ONNX export of a model, as anybody gets it."""
-    with quiet(), _unprinted(), torch.no_grad():
+    with quiet(), unprinted(), torch.no_grad():
         return torch.onnx.export(model, args, kwargs=dict(kwargs), dynamo=True, verbose=False)
 
 
-def _unprinted() -> contextlib.AbstractContextManager[Any]:
+def unprinted() -> contextlib.AbstractContextManager[Any]:
     """Advice of converters, which nobody asked for, is not printed."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _exported(problem: Problem) -> Path:
+def exported(problem: Problem) -> Path:
     """The plain export as a file, made once for all who run it."""
     path = problem.folder / "plain.onnx"
     if not path.exists():
@@ -49,12 +48,12 @@ def onnxruntime_modes(problem: Problem) -> Sequence[Mode]:
 
     Where int8 is allowed, both are also quantized on the CPU, as its documentation has it for transformers.
     """
-    modes = [Mode("", lambda p: exported_run(p, _exported(p)))]
-    if _transformer_type(problem):
+    modes = [Mode("", lambda p: exported_run(p, exported(p)))]
+    if transformer_type(problem):
         modes.append(Mode("transformers optimizer", lambda p: exported_run(p, _transformer_optimized(p))))
     if problem.device.type == "cuda":
-        modes.append(cuda_graph_mode("", _exported))
-        if _transformer_type(problem):
+        modes.append(cuda_graph_mode("", exported))
+        if transformer_type(problem):
             modes.append(cuda_graph_mode("transformers optimizer", _transformer_optimized))
     elif problem.precision in ("int8", "int8-static"):
         modes += [mode.narrowed("int8", _quantized(_MADE[mode.name])) for mode in modes]
@@ -80,7 +79,7 @@ def cuda_graph_mode(name: str, export: Callable[[Problem], Path]) -> Mode:
     return Mode(f"{name}, CUDA graph" if name else "CUDA graph", build)
 
 
-def _transformer_type(problem: Problem) -> str:
+def transformer_type(problem: Problem) -> str:
     """What ONNX Runtime's optimizer of transformers calls the model; "" where it does not know it."""
     from onnxruntime.transformers.optimizer import MODEL_TYPES
 
@@ -99,7 +98,7 @@ def _transformer_optimized(problem: Problem) -> Path:
     path = problem.folder / "transformers.onnx"
     if not path.exists():
         gpu = problem.device.type == "cuda"
-        plain, kind = str(_exported(problem)), _transformer_type(problem)
+        plain, kind = str(exported(problem)), transformer_type(problem)
         made = optimize_model(plain, kind, opt_level=0, use_gpu=gpu)
         if not any(made.get_fused_operator_statistics().values()):
             raise LoweringError("its optimizer of transformers fuses nothing in this export")
@@ -108,7 +107,7 @@ def _transformer_optimized(problem: Problem) -> Path:
 
 
 # The model of each mode on a CPU.
-_MADE = {"": _exported, "transformers optimizer": _transformer_optimized}
+_MADE = {"": exported, "transformers optimizer": _transformer_optimized}
 
 
 def _quantized(made: Callable[[Problem], Path]) -> Callable[[Problem], Run]:
@@ -122,7 +121,7 @@ def _quantized(made: Callable[[Problem], Path]) -> Callable[[Problem], Run]:
         weights = {weight.name for weight in model.graph.initializer}
         for value in [value for value in model.graph.value_info if value.name in weights]:
             model.graph.value_info.remove(value)  # it transposes weights, and trips over their old shapes
-        with quiet(), _unprinted():
+        with quiet(), unprinted():
             quantize_dynamic(model, quantized, per_channel=True)
         return _session(problem, quantized, _provider(problem))
 
@@ -148,7 +147,7 @@ def tensorrt_provider(problem: Problem) -> Run:
     if problem.dtype in (torch.float16, torch.bfloat16):
         options["trt_fp16_enable" if problem.dtype == torch.float16 else "trt_bf16_enable"] = "1"
     # What TensorRT does not take runs on the GPU as well, as it does for whoever uses this provider.
-    return _session(problem, _exported(problem), (_TENSORRT, options), _provider(problem))
+    return _session(problem, exported(problem), (_TENSORRT, options), _provider(problem))
 
 
 def _session(problem: Problem, path: Path, *providers: tuple[str, dict[str, Any]]) -> Run:
@@ -198,59 +197,3 @@ def _session(problem: Problem, path: Path, *providers: tuple[str, dict[str, Any]
 def _place(tensor: torch.Tensor) -> tuple[str, int, int, list[int], int]:
     kind = int(from_torch_dtype(tensor.dtype))
     return tensor.device.type, tensor.device.index or 0, kind, list(tensor.shape), tensor.data_ptr()
-
-
-# OpenVINO
-
-_OPENVINO_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-def openvino_modes(problem: Problem) -> Sequence[Mode]:
-    """For the lowest latency, in the model's own dtype; where bf16 is allowed, in that, too.
-
-    Left alone it computes a float32 model in bfloat16 where the processor can, which is another model.
-    """
-    own = Mode("", lambda p: _openvino(p, _OPENVINO_TYPES.get(p.dtype, "f32")))
-    narrow = own.narrowed("bf16", lambda p: _openvino(p, "bf16"))
-    return [own, narrow] if problem.precision == "bf16" else [own]
-
-
-def _openvino(problem: Problem, asked: str) -> Run:
-    """OpenVINO in a precision, told by its hint.
-
-    Raises:
-        LoweringError: it computes in another precision all the same.
-    """
-    ov: Any = importlib.import_module("openvino")
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": asked,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    compiled = ov.Core().compile_model(str(_exported(problem)), "CPU", settings)
-    given = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if given != asked:
-        raise LoweringError(f"OpenVINO computes in {given} on this processor, not in {asked}")
-    request = compiled.create_infer_request()
-    inputs = [tensor.contiguous() for tensor in problem.inputs]
-    results = [torch.empty_like(out, memory_format=torch.contiguous_format) for out in problem.outputs]
-    held = [_openvino_tensor(ov, tensor) for tensor in (*inputs, *results)]
-    for index, tensor in enumerate(held[: len(inputs)]):
-        request.set_input_tensor(index, tensor)
-    for index, tensor in enumerate(held[len(inputs) :]):
-        request.set_output_tensor(index, tensor)
-
-    def run() -> list[torch.Tensor]:
-        request.infer()
-        return results
-
-    run.held = (inputs, held)  # type: ignore[attr-defined]  # their memory must live on
-    run()
-    return run
-
-
-def _openvino_tensor(ov: Any, tensor: torch.Tensor) -> Any:
-    """A tensor of OpenVINO's over the memory of one of PyTorch's."""
-    if tensor.dtype == torch.bfloat16:  # NumPy has no such type
-        return ov.Tensor(tensor.view(torch.int16).numpy(), ov.Shape(tensor.shape), ov.Type.bf16)
-    return ov.Tensor(tensor.detach().numpy(), shared_memory=True)

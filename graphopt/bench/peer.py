@@ -26,6 +26,7 @@ class Problem:
         device: where all of it is.
         folder: for files that a peer has to write; removed after the case.
         precision: narrower numbers that a peer may compute in besides; "exact" for none.
+        max_loss: what may be lost by it, as a relative distance of the outputs.
     """
 
     model: torch.nn.Module
@@ -34,6 +35,7 @@ class Problem:
     device: torch.device
     folder: Path
     precision: str = "exact"
+    max_loss: float = 0.0
 
     @property
     def inputs(self) -> list[torch.Tensor]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import onnxruntime
 import torch
 
-from graphopt.bench.onnx_peers import onnxruntime_modes, openvino_modes, tensorrt_provider
+from graphopt.bench.onnx_peers import onnxruntime_modes, tensorrt_provider
+from graphopt.bench.openvino_peer import openvino_modes
 from graphopt.bench.own_peers import graphopt_ort_modes
 from graphopt.bench.peer import Mode, Peer, installed
 from graphopt.bench.torch_peers import eager_modes, inductor_mode, inductor_modes, torch_tensorrt

@@ -11,8 +11,9 @@ from contextvars import ContextVar
 from typing import Literal, TypeVar
 
 # "any": the fused nodes that ONNX Runtime has for every device; "cpu" and "cuda": what its provider for that
-# device runs fastest; "portable": ONNX's own operators only, for any runtime.
-Tuning = Literal["any", "cpu", "cuda", "portable"]
+# device runs fastest; "openvino": what OpenVINO reads right and has kernels for; "portable": ONNX's own
+# operators only, for any runtime.
+Tuning = Literal["any", "cpu", "cuda", "openvino", "portable"]
 _tuning: ContextVar[Tuning] = ContextVar("graphopt_onnx_tuning", default="any")
 
 Spelling = TypeVar("Spelling")

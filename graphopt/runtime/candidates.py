@@ -18,7 +18,7 @@ from graphopt.errors import LoweringError, said
 from graphopt.ir.graph import Graph, op_name
 from graphopt.runtime import scheduler
 from graphopt.runtime.executors._protocol import Resting
-from graphopt.runtime.measure import HOPELESS, WARM_UP, Timing, interleaved
+from graphopt.runtime.measure import HOPELESS, Timing, interleaved, warmed_up
 from graphopt.runtime.plan import Plan
 from graphopt.runtime.profile import NodeTime, node_times
 from graphopt.runtime.rounds import clock_of, interleave
@@ -247,7 +247,7 @@ def _in_turn(
             continue
         right.append(candidate)
         assert best.timing is not None
-        candidate.timing = _warmed_up(candidate, turns, target)
+        candidate.timing = _warmed_up(candidate, best.timing, turns, target)
         if candidate.timing.lower_ms > HOPELESS * best.timing.lower_ms:
             candidate.rest()
             continue
@@ -265,12 +265,8 @@ def _in_turn(
     return best
 
 
-def _warmed_up(candidate: Candidate, turns: Turns, target: Target) -> Timing:
-    """What a candidate's first calls take, the quickest: enough to see that it is hopeless."""
-    assert candidate.plan is not None
-    run, clock = _runner(candidate.plan, turns), clock_of(target.device)
-    took = min(clock(run) for _ in range(WARM_UP))
-    return Timing(took, took, took, WARM_UP)
+def _warmed_up(candidate: Candidate, best: Timing, turns: Turns, target: Target) -> Timing:
+    return warmed_up(_runner(candidate.plan, turns), best.lower_ms, target.device)
 
 
 def _beside(control: Candidate, candidate: Candidate, turns: Turns, target: Target) -> Timing:
@@ -329,7 +325,8 @@ def _outside(plan: Plan, remarks: Remarks) -> str:
 _NAMED = 8  # nodes in an error's message
 
 
-def _runner(plan: Plan, turns: Turns) -> Any:
+def _runner(plan: Plan | None, turns: Turns) -> Any:
+    assert plan is not None
     given = itertools.cycle(turns)
     return lambda: scheduler.run(plan, next(given))
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from graphopt.compiler.cost import graph_milliseconds
 from graphopt.compiler.remarks import Remarks
 from graphopt.errors import GraphoptError, LoweringError, TargetError, said
 from graphopt.ir.graph import Graph
+from graphopt.kernels.block_quantized_linear import OP as BLOCK_QUANTIZED_LINEAR
+from graphopt.kernels.dynamic_quantized_linear import OP as DYNAMIC_QUANTIZED_LINEAR
 from graphopt.kernels.float8_linear import OP as FLOAT8_LINEAR
+from graphopt.kernels.quantized_conv import OP as QUANTIZED_CONV
+from graphopt.kernels.quantized_linear import OP as QUANTIZED_LINEAR
+from graphopt.kernels.static_quantized_linear import OP as STATIC_QUANTIZED_LINEAR
 from graphopt.runtime.across import plan_across
 from graphopt.runtime.candidates import Candidate, Judge
-from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted
+from graphopt.runtime.executors import EXECUTORS, Executor, absent, besides, hinted, of_codes
 from graphopt.runtime.partition import Cut, compiled, cut, find_executors, merged, partition
 from graphopt.runtime.target import Target
 
@@ -119,40 +124,62 @@ def narrowed_candidates(
         remarks: takes what was refused.
         effort: as for ``plan_candidates``.
     """
-    if executors is not None:
-        ways: list[tuple[str, ...]] = [tuple(executors)]
-    elif target.device.type == "cpu":
-        ways = [("onednn",), ("ort",), ("eager",)]
-        if effort == "measured" and _is_worth_compiling(graph, target):
-            ways.insert(1, ("inductor",))
-    elif any(node.target is FLOAT8_LINEAR.overload for node in graph.calls):
-        ways = [("cuda", "eager"), ("eager",)]  # Inductor sees the reference, which multiplies in float32
-    else:
-        ways = [("cuda", "eager"), ("inductor", "eager"), ("eager",)]
 
-    def way(order: Sequence[str], name: str, effort: str) -> Candidate:
+    def way(name: str, chain: Sequence[Executor], effort: str) -> Candidate:
         candidate = Candidate(f"{name} ({precision})", graph, None, judge=judge())
         try:
-            candidate.plan = partition(graph, find_executors(order), target, remarks, effort)
+            candidate.plan = partition(graph, chain, target, remarks, effort)
         except GraphoptError as error:
             candidate.drop(error.message, remarks)
         return candidate
 
     if executors is not None:
-        return [way(order, " + ".join(order), effort) for order in ways]
+        return [way(" + ".join(executors), find_executors(executors), effort)]
+    ways = _narrow_ways(graph, target, effort)
     on_cpu, timed = target.device.type == "cpu", effort == "measured"
     candidates = []
-    for order in ways:
-        if timed and on_cpu and order[0] in ("inductor", "ort"):  # which hold a copy of the weights
-            later = functools.partial(way, order, order[0], effort)
-            candidates.append(Candidate(f"{order[0]} ({precision})", graph, None, later=later))
+    for name, chain in ways.items():
+        if timed and on_cpu and chain[0].name in _HOLD_A_COPY:
+            later = functools.partial(way, name, chain, effort)
+            candidates.append(Candidate(f"{name} ({precision})", graph, None, later=later))
             continue
-        in_two_steps = order[0] == "inductor" and not on_cpu
-        candidate = way(order, order[0], "fast" if in_two_steps else effort)
+        in_two_steps = name == "inductor" and not on_cpu
+        candidate = way(name, chain, "fast" if in_two_steps else effort)
         if in_two_steps and timed:
-            candidate.deeper = functools.partial(way, order, f"{order[0]}, max-autotune", effort)
+            candidate.deeper = functools.partial(way, f"{name}, max-autotune", chain, effort)
         candidates.append(candidate)
     return candidates
+
+
+_HOLD_A_COPY = ("inductor", "openvino", "ort")  # of the weights, packed
+_CODES = {
+    op.overload
+    for op in (
+        BLOCK_QUANTIZED_LINEAR,
+        DYNAMIC_QUANTIZED_LINEAR,
+        QUANTIZED_CONV,
+        QUANTIZED_LINEAR,
+        STATIC_QUANTIZED_LINEAR,
+    )
+}
+
+
+def _narrow_ways(graph: Graph, target: Target, effort: str) -> Mapping[str, Sequence[Executor]]:
+    """The ways to run a graph of narrower numbers, by name."""
+    if target.device.type != "cpu":
+        # Of float8 Inductor sees the reference, which multiplies in float32.
+        whole = any(node.target is FLOAT8_LINEAR.overload for node in graph.calls)
+        between = [] if whole else [("inductor", "eager")]
+        return {chain[0]: find_executors(chain) for chain in (("cuda", "eager"), *between, ("eager",))}
+    names = ["onednn", "ort", "eager"]
+    if effort == "measured" and _is_worth_compiling(graph, target):
+        names.insert(1, "inductor")
+    ways: dict[str, Sequence[Executor]] = {name: find_executors((name,)) for name in names}
+    if effort == "measured" and any(node.target in _CODES for node in graph.calls):
+        for one in of_codes(target):
+            beside = "" if one.precision == "f32" else f", {one.precision} beside it"
+            ways[f"{one.name}{beside}"] = [one]
+    return ways
 
 
 def hinted_candidates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from graphopt.bench.onnx_peers import openvino_modes
+from graphopt.bench.openvino_peer import openvino_modes
 from graphopt.bench.peer import Problem, Run
 from graphopt.bench.peers import PEERS
+from graphopt.compiler.lossy import relative_distance
 from graphopt.errors import LoweringError
 
 CPU = torch.device("cpu")
@@ -24,8 +26,9 @@ def problem(folder: Path, dtype: torch.dtype = torch.float32, precision: str = "
 
 
 def build(posed: Problem) -> Run:
-    """The narrowest of its modes."""
-    return openvino_modes(posed)[-1].build(posed)
+    """In bfloat16 where that is allowed, else in the model's own type."""
+    modes = {mode.precision: mode for mode in openvino_modes(posed)}
+    return modes["bf16" if posed.precision == "bf16" else "exact"].build(posed)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +64,50 @@ def test_in_another_precision_it_is_no_peer(
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
     with pytest.raises(LoweringError, match=f"computes in {given} on this processor, not in {hint}"):
         build(problem(tmp_path, precision=asked))
+
+
+# NNCF, OpenVINO's own quantization
+
+
+def distance(run: Run, posed: Problem) -> float:
+    return relative_distance(posed.outputs, run())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-static"])
+def test_where_int8_is_allowed_it_is_quantized_by_its_own_tool(
+    precision: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nncf")
+    if reason := PEERS["openvino"].absent(CPU):
+        pytest.skip(reason)
+    posed = replace(problem(tmp_path, precision=precision), max_loss=0.04)
+    modes = {mode.name: mode for mode in openvino_modes(posed)}
+    assert {name: mode.precision for name, mode in modes.items()} == {
+        "": "exact", "int8": "int8", "int8 within the loss": "int8"
+    }  # fmt: skip
+    assert distance(modes[""].build(posed), posed) < 1e-5
+    assert 1e-3 < distance(modes["int8"].build(posed), posed) < 0.1
+    assert 1e-3 < distance(modes["int8 within the loss"].build(posed), posed) <= 0.04
+    assert capfd.readouterr() == ("", "")
+
+
+def test_layers_that_lose_too_much_stay_as_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    if reason := PEERS["openvino"].absent(CPU):
+        pytest.skip(reason)
+    posed = replace(problem(tmp_path, precision="int8"), max_loss=1e-3)
+    assert distance(openvino_modes(posed)[2].build(posed), posed) <= 1e-3
+
+
+@pytest.mark.parametrize(("precision", "most"), [("int8-weights", 0.02), ("int4", 0.2)])
+def test_weights_alone_are_compressed(precision: str, most: float, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    if reason := PEERS["openvino"].absent(CPU):
+        pytest.skip(reason)
+    posed = problem(tmp_path, precision=precision)
+    assert 1e-4 < distance(openvino_modes(posed)[1].build(posed), posed) < most
+
+
+def test_without_that_tool_it_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.bench.openvino_peer.installed", lambda module: module != "nncf")
+    assert [mode.name for mode in openvino_modes(problem(tmp_path, precision="int8"))] == [""]

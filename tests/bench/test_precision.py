@@ -56,12 +56,14 @@ def mode_of(peer: str, given: Problem, name: str) -> Mode:
         ("onnxruntime", "int8-static", {"": "exact", "int8": "int8"}),
         ("onnxruntime", "bf16", {"": "exact"}),
         ("openvino", "bf16", {"": "exact", "bf16": "bf16"}),
-        ("openvino", "int8", {"": "exact"}),
+        ("openvino", "int8", {"": "exact", "int8": "int8", "int8 within the loss": "int8"}),
+        ("openvino", "int4", {"": "exact", "int4": "int4"}),
     ],
 )  # fmt: skip
 def test_peers_run_in_the_precision_where_they_can(
-    peer: str, precision: str, modes: dict[str, str], tmp_path: Path
+    peer: str, precision: str, modes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("graphopt.bench.openvino_peer.installed", lambda module: True)
     found = PEERS[peer].modes(problem(tmp_path, precision))
     assert {mode.name: mode.precision for mode in found} == modes
 

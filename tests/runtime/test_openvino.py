@@ -217,8 +217,8 @@ def test_weights_are_read_where_the_model_has_them_and_live_as_long() -> None:
         torch.testing.assert_close(program.run([x])[0], wanted)
         program.rest()
     again = program.with_threads(1)
-    assert again.threads == 1
-    assert program.with_threads(program.threads) is program
+    assert again.settings.threads == 1
+    assert program.with_threads(program.settings.threads) is program
     torch.testing.assert_close(again.run([x])[0], wanted)
 
 

@@ -35,4 +35,11 @@ def hinted(precision: str, target: Target) -> Executor | None:
     return OpenVino("bf16") if told else None
 
 
-__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent", "besides", "hinted"]
+def of_codes(target: Target) -> list[OpenVino]:
+    """What multiplies codes beside PyTorch and ONNX Runtime: OpenVINO, all else in float32 or in bfloat16."""
+    if target.device.type != "cpu" or not openvino_is_installed():
+        return []
+    return [OpenVino("f32"), OpenVino("bf16")]
+
+
+__all__ = ["EXECUTORS", "Executor", "KernelTime", "Program", "absent", "besides", "hinted", "of_codes"]

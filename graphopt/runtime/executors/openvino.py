@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,10 @@ import torch
 from torch import fx
 
 from graphopt.errors import ExecutionError, InputError, LoweringError, said
+from graphopt.ir.pattern import argument
+from graphopt.ir.tuning import tuned_for
+from graphopt.kernels.block_quantized_linear import OP as BLOCK_QUANTIZED_LINEAR
+from graphopt.kernels.dynamic_quantized_linear import OP as DYNAMIC_QUANTIZED_LINEAR
 from graphopt.runtime.executors._protocol import KernelTime, Program, Silent
 from graphopt.runtime.executors._remade import Remade
 from graphopt.runtime.executors.ort import Ort, inexpressible
@@ -42,8 +46,34 @@ Output = tuple[torch.dtype, tuple[int, ...] | None]  # its type, and its shape w
 
 _PROFILED_RUNS = 3
 _COPIED_BYTES = 2**16  # 4 us
+_GROUP = 32  # numbers of an input with one step: what OpenVINO takes by itself
 # The "file" of what lies in the process's memory: ONNX Runtime's provider calls it so to OpenVINO's reader.
 _MEMORY = "*/_ORT_MEM_ADDR_/*"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What OpenVINO is asked for.
+
+    Args:
+        precision: that it computes in.
+        threads: that share a node.
+        rounds_inputs: what is multiplied by weights in 8 bits or fewer is quantized, too, as it comes.
+    """
+
+    precision: Precision
+    threads: int
+    rounds_inputs: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same by OpenVINO's names. Left alone it takes bf16 where the processor has it, and rounds."""
+        return {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "INFERENCE_NUM_THREADS": self.threads,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if self.rounds_inputs else 0,
+        }
 
 
 class OpenVinoProgram(Silent):
@@ -52,8 +82,7 @@ class OpenVinoProgram(Silent):
     Args:
         region: the region.
         model: the region in ONNX.
-        precision: that it computes in.
-        threads: that share a node.
+        settings: what is asked for.
         trusted: OpenVINO is known not to fall over the model.
 
     Raises:
@@ -62,16 +91,14 @@ class OpenVinoProgram(Silent):
 
     provider = "OpenVINO"
 
-    def __init__(
-        self, region: Region, model: ir.Model, precision: Precision, threads: int, *, trusted: bool = False
-    ) -> None:
+    def __init__(self, region: Region, model: ir.Model, settings: Settings, *, trusted: bool = False) -> None:
         if not trusted:
-            _try_elsewhere(model, _settings(precision, threads))
+            _try_elsewhere(model, settings.options)
         self.model = model
-        self.threads = threads
-        self._region, self._precision = region, precision
+        self.settings = settings
+        self._region = region
         self._outputs = [(node.meta["val"].dtype, fixed_shape(node)) for node in region.results]
-        self._compiled = Remade(lambda: _Compiled(model, precision, threads))
+        self._compiled = Remade(lambda: _Compiled(model, settings))
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Sequence[Any]:
         """Run on CPU tensors; returns fresh tensors.
@@ -87,14 +114,15 @@ class OpenVinoProgram(Silent):
 
     def with_threads(self, threads: int) -> OpenVinoProgram:
         """The same with so many threads at most; itself where it has no more."""
-        if threads >= self.threads:
+        if threads >= self.settings.threads:
             return self
-        return OpenVinoProgram(self._region, self.model, self._precision, threads, trusted=True)
+        fewer = replace(self.settings, threads=threads)
+        return OpenVinoProgram(self._region, self.model, fewer, trusted=True)
 
     def profile(self, inputs: Sequence[torch.Tensor]) -> tuple[Sequence[Any], list[KernelTime]]:
         """Run, and tell what OpenVINO counts of each node in a model that is compiled to be counted."""
         self.rest()  # one copy of the weights at a time
-        compiled = _Compiled(self.model, self._precision, self.threads, counted=True)
+        compiled = _Compiled(self.model, self.settings, counted=True)
         ours = {node.name or "": node.metadata_props.get("graphopt.node", "") for node in self.model.graph}
         rows: dict[str, tuple[str, float]] = {}
         for _ in range(_PROFILED_RUNS):
@@ -108,7 +136,7 @@ class OpenVinoProgram(Silent):
 
     def describe(self) -> dict[str, Any]:
         """What runs it, and in which precision."""
-        return {"provider": self.provider, "precision": self._precision}
+        return {"provider": self.provider, "precision": self.settings.precision}
 
 
 class _Compiled:
@@ -116,27 +144,27 @@ class _Compiled:
 
     Args:
         model: in ONNX.
-        precision: to compute in.
-        threads: to compute with.
+        settings: what is asked for.
         counted: it counts what each node takes.
 
     Raises:
         LoweringError: OpenVINO refuses the model, or computes in another precision.
     """
 
-    def __init__(self, model: ir.Model, precision: Precision, threads: int, *, counted: bool = False) -> None:
+    def __init__(self, model: ir.Model, settings: Settings, *, counted: bool = False) -> None:
         # Weights are read, by kernels that do not pack them at every call, where the model has them.
         self._weights = collect(model, {name for name, _, _ in large(model)}).shared
         text = without_weights(model, lambda name: (_MEMORY, self._weights[name].value.data_ptr()))
-        settings = {**_settings(precision, threads), "PERF_COUNT": counted}
+        options = {**settings.options, "PERF_COUNT": counted}
         try:
             core = _core()
-            self._model = core.compile_model(core.read_model(text), "CPU", settings)
+            self._model = core.compile_model(core.read_model(text), "CPU", options)
             given = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except Exception as error:
             raise LoweringError(f"OpenVINO refuses the region: {_last_line(error)}") from error
-        if given != precision:
-            raise LoweringError(f"OpenVINO computes in {given} on this processor, not in {precision}")
+        if given != settings.precision:
+            wanted = settings.precision
+            raise LoweringError(f"OpenVINO computes in {given} on this processor, not in {wanted}")
         self._idle: deque[_Request] = deque()  # a call takes one, and gives it back for the next
 
     def run(self, inputs: Sequence[torch.Tensor], outputs: Sequence[Output]) -> list[torch.Tensor]:
@@ -222,14 +250,6 @@ def _over(tensor: torch.Tensor) -> Any:
     return importlib.import_module("openvino").Tensor(tensor.numpy(), shared_memory=True)
 
 
-def _settings(precision: Precision, threads: int) -> dict[str, Any]:
-    return {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,  # left alone it takes bf16 where the processor has it
-        "INFERENCE_NUM_THREADS": threads,
-    }
-
-
 _TRIAL = """
 import json, sys, openvino
 core = openvino.Core()
@@ -243,7 +263,7 @@ if not any(port.partial_shape.is_dynamic for port in model.inputs):
 _PATIENCE = 600  # seconds
 
 
-def _try_elsewhere(model: ir.Model, settings: dict[str, Any]) -> None:
+def _try_elsewhere(model: ir.Model, options: dict[str, Any]) -> None:
     """Compile a model, and run it once, in a process of its own, which OpenVINO may take down.
 
     OpenVINO 2026.4 does with some chains of small products in float32.
@@ -256,7 +276,7 @@ def _try_elsewhere(model: ir.Model, settings: dict[str, Any]) -> None:
             place = Path(folder) / "model.onnx"
             with quiet():
                 ir.save(model, place, external_data="weights")
-            command = [sys.executable, "-c", _TRIAL, str(place), json.dumps(settings)]
+            command = [sys.executable, "-c", _TRIAL, str(place), json.dumps(options)]
             done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LoweringError(f"OpenVINO cannot be tried in a process of its own: {said(error)}") from error
@@ -290,6 +310,13 @@ def _last_line(error: Exception) -> str:
     """What is wrong: the lines above name OpenVINO's own files."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, reversed(lines)), said(error))
+
+
+def _rounds_inputs(node: fx.Node) -> bool:
+    """Whether an op quantizes what comes in, at each call."""
+    if node.target is BLOCK_QUANTIZED_LINEAR.overload:
+        return bool(argument(node, "rounds_input"))
+    return node.target is DYNAMIC_QUANTIZED_LINEAR.overload
 
 
 class OpenVino:
@@ -333,7 +360,10 @@ class OpenVino:
         """
         if _problem() is not None:
             return self._plugin.compile(region, self._through_plugin(target), effort)
-        return OpenVinoProgram(region, to_onnx(region.graph), self.precision, torch_threads(target))
+        with tuned_for("openvino"):
+            model = to_onnx(region.graph)
+        rounds = any(_rounds_inputs(node) for node in region.graph.calls)
+        return OpenVinoProgram(region, model, Settings(self.precision, torch_threads(target), rounds))
 
     def _through_plugin(self, target: Target) -> Target:
         options = {"INFERENCE_PRECISION_HINT": self.precision}
