@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _tabled(name: str, given: argparse.Namespace) -> None:
     """A suite with rows and a table of its own."""
     threads = given.threads or torch.get_num_threads()
     suite = TABLED[name]
-    cases = {case: size for case, size in suite.CASES.items() if given.only in case}
+    cases = {case: suite.CASES[case] for case in _named(suite.CASES, given.only)}
     rows = [suite.measure(case, size, threads) for case, size in cases.items()]
     Console().print(suite.table(rows))
     if given.dry:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0, help="of a case's rounds, at most")
     parser.add_argument("--threads", type=int, help="of every side on a CPU; all cores by default")
     parser.add_argument("--limit", type=float, default=LIMIT, help="of a side's build or call; 0 for none")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="the case of this name, or those whose names contain it")
     parser.add_argument("--dry", action="store_true", help="print, record nothing")
     parser.add_argument("--tune", action="store_true", help="kernels: measure their configurations first")
     parser.add_argument("--debug", action="store_true", help="show what the cases' processes print")
@@ -117,7 +117,9 @@ def _measure(name: str, given: argparse.Namespace) -> int:
         given.threads,
         given.limit or None,
     )
-    cases = [case for case in _runnable(suite.cases) if given.only in case.name]
+    cases = _runnable(suite.cases)
+    wanted = _named([case.name for case in cases], given.only)
+    cases = [case for case in cases if case.name in wanted]
     if not cases:
         print("nothing to measure here")
         return 2
@@ -131,6 +133,12 @@ def _measure(name: str, given: argparse.Namespace) -> int:
         _compact(recorded)
         update_tables()
     return run.exit_code
+
+
+def _named(cases: Iterable[str], only: str) -> list[str]:
+    """The case of a name, or else those whose names contain it."""
+    names = list(cases)
+    return [only] if only in names else [name for name in names if only in name]
 
 
 def _runnable(cases: Sequence[Case]) -> list[Case]:

@@ -1,8 +1,9 @@
 """``python -m bench serve``: what a session gains, what becomes of 100,000 requests, what a step costs.
 
-Closed-loop clients ask, wait for the answer, and ask again. The other side is the same requests one by one in
-a single thread, which is the most that calls one by one can do: threads that call the model themselves only
-get into each other's way. Both sides take turns, A B B A, as in every comparison here.
+Closed-loop clients ask, wait for the answer, and ask again. The other sides are the same requests one by one
+in a single thread, which is the most that calls one by one can do: threads that call a model themselves only
+get into each other's way. They go to the model optimized for one request, and to PyTorch's own. The sides
+take turns, A B C, C B A, as in every comparison here.
 """
 
 from __future__ import annotations
@@ -68,11 +69,13 @@ def clients(lengths: tuple[int, int], effort: str = "measured") -> Row:
     """
     requests = _requests(lengths)
     alone = _optimized(*requests[0], effort=effort)
+    model, _, _ = minilm(*requests[0][0].shape)
     opt = _optimized(*_batch(requests[:MAX_BATCH]), effort=effort, padding="remove")
     latencies: list[float] = []
     with opt.session(max_batch=MAX_BATCH, max_wait_ms=MAX_WAIT_MS) as session:
         sides = {
             "one": lambda: [alone(ids, attention_mask=mask) for ids, mask in requests],
+            "eager": lambda: _one_by_one(model, requests),
             "session": lambda: latencies.extend(_closed_loop(session, requests)),
         }
         sides["session"]()  # the batches that are proved
@@ -89,6 +92,7 @@ def clients(lengths: tuple[int, int], effort: str = "measured") -> Row:
         "executor_of_one": alone.report.chosen.name,
         "requests_per_s": {side: _rate(row) for side, row in times.items()},
         "ratio": ratio(times["one"], times["session"]),
+        "ratio_to_eager": ratio(times["eager"], times["session"]),
         "latency_ms": {**quartiles(latencies), "p99": round(p99_ms, 2)},
         "batch_ms": stats["batch_ms"],
         "batch_rows": stats["batch_rows"],
@@ -96,6 +100,12 @@ def clients(lengths: tuple[int, int], effort: str = "measured") -> Row:
         "bound_ms": round(MAX_WAIT_MS + 3 * batch_ms, 2),
         "remarks": stats["remarks"],
     }
+
+
+def _one_by_one(model: torch.nn.Module, requests: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for ids, mask in requests:
+            model(ids, attention_mask=mask)
 
 
 def _optimized(ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> OptimizedModel:
@@ -284,15 +294,26 @@ CASES: dict[str, Case] = {
 }
 
 
-_SHOWN = "case", "one by one (requests/s)", "session (requests/s)", "ratio", "p99 (ms)", "bound (ms)"
+_SHOWN = (
+    "case",
+    "PyTorch, one by one (requests/s)",
+    "graphopt, one by one (requests/s)",
+    "session (requests/s)",
+    "p99 (ms)",
+    "bound (ms)",
+)
 
 
 def cells(row: Row) -> list[str]:
     """What ``_SHOWN`` names of a row of clients."""
-    rates, found = row["requests_per_s"], row["ratio"]
-    said = f"×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-    numbers = rates["one"], rates["session"], said, row["latency_ms"]["p99"], row["bound_ms"]
-    return [row["case"], *map(str, numbers)]
+    rates = row["requests_per_s"]
+    numbers = [_beside(rates["eager"], row["ratio_to_eager"]), _beside(rates["one"], row["ratio"])]
+    return [row["case"], *numbers, *map(str, (rates["session"], row["latency_ms"]["p99"], row["bound_ms"]))]
+
+
+def _beside(rate: float, found: dict[str, float]) -> str:
+    """A rate, and how many times as high the session's is."""
+    return f"{rate} (×{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}])"
 
 
 def told(row: Row) -> str:

@@ -17,8 +17,7 @@ from graphopt.errors import LoweringError
 from graphopt.runtime.onnx_translation import quiet
 
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_INT8 = ("int8", "int8-static")
-_WEIGHTS = ("int8-weights", "int4")
+_STATIC, _COMPRESSED = "int8-static", ("int8", "int8-weights", "int4")
 
 
 def openvino_modes(problem: Problem) -> Sequence[Mode]:
@@ -31,10 +30,10 @@ def openvino_modes(problem: Problem) -> Sequence[Mode]:
         return [own, own.narrowed("bf16", lambda p: _run(p, str(exported(p)), "bf16"))]
     if not installed("nncf"):
         return [own]
-    if problem.precision in _INT8:
-        within = Mode("int8 within the loss", _within, "int8")
-        return [own, own.narrowed("int8", _quantized), within]
-    if problem.precision in _WEIGHTS:
+    if problem.precision == _STATIC:
+        within = Mode(f"{_STATIC} within the loss", _within, _STATIC)
+        return [own, own.narrowed(_STATIC, _quantized), within]
+    if problem.precision in _COMPRESSED:
         return [own, own.narrowed(problem.precision, _compressed)]
     return [own]
 
@@ -74,7 +73,10 @@ def _within(problem: Problem) -> Run:
 
 
 def _compressed(problem: Problem) -> Run:
-    """Weights alone, as NNCF writes them: in 4 bits in blocks of 32, as graphopt's, or a row a scale in 8."""
+    """Weights as NNCF writes them: in 4 bits in blocks of 32, as graphopt's, or in 8 with a scale a row.
+
+    What is multiplied by them OpenVINO quantizes as it comes, in 32 numbers at a time, where it can.
+    """
     nncf: Any = importlib.import_module("nncf")
     modes = nncf.CompressWeightsMode
     how: dict[str, Any] = {"mode": modes.INT8_SYM}

@@ -338,6 +338,18 @@ def size_hint(size: Any) -> int:
     return int(size)
 
 
+def size_bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """The smallest and the largest value that a dynamic size may have, the latter where capture found one."""
+    shape_env = size.node.shape_env
+    found: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr)
+    lower, upper = (None, None) if found is None else (found.lower, found.upper)
+    least = int(lower) if getattr(lower, "is_Integer", False) else 0
+    return least, int(upper) if getattr(upper, "is_Integer", False) and upper < _UNBOUNDED else None
+
+
+_UNBOUNDED = 2**31  # what is larger stands for "no bound"
+
+
 def same_size(left: Any, right: Any) -> bool:
     """True when two sizes are equal for every input; asking adds no guard on dynamic dimensions."""
     return bool(statically_known_true(left == right))

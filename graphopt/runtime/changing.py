@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from graphopt.compiler.evaluate import outputs
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, size_bounds
 from graphopt.runtime.target import Target
 
 _SMALLEST = 2  # sizes of 0 and 1 are often cases of their own
@@ -54,17 +53,14 @@ def _shorter(graph: Graph, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]
         return made  # one less of this is not one less of that
     for place, (spec, tensor) in enumerate(zip(specs, inputs, strict=True)):
         for dim, size in enumerate(spec.shape):
-            if not isinstance(size, int) and tensor.shape[dim] - 1 >= _least(size):
+            if isinstance(size, int):
+                continue
+            least, _ = size_bounds(size)
+            if tensor.shape[dim] - 1 >= max(_SMALLEST, least):
                 made[place] = made[place].narrow(dim, 0, tensor.shape[dim] - 1)
     return [
         tensor if tensor is given else tensor.contiguous() for tensor, given in zip(made, inputs, strict=True)
     ]
-
-
-def _least(size: torch.SymInt) -> int:
-    shape_env = size.node.shape_env
-    lower: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr).lower
-    return max(_SMALLEST, int(lower) if getattr(lower, "is_Integer", False) else _SMALLEST)
 
 
 def _with_fewer_tokens(inputs: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:

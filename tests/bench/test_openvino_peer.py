@@ -73,21 +73,16 @@ def distance(run: Run, posed: Problem) -> float:
     return relative_distance(posed.outputs, run())
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-static"])
-def test_where_int8_is_allowed_it_is_quantized_by_its_own_tool(
-    precision: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_calibrated_codes_are_its_own_tools(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nncf")
     if reason := PEERS["openvino"].absent(CPU):
         pytest.skip(reason)
-    posed = replace(problem(tmp_path, precision=precision), max_loss=0.04)
-    modes = {mode.name: mode for mode in openvino_modes(posed)}
-    assert {name: mode.precision for name, mode in modes.items()} == {
-        "": "exact", "int8": "int8", "int8 within the loss": "int8"
-    }  # fmt: skip
-    assert distance(modes[""].build(posed), posed) < 1e-5
-    assert 1e-3 < distance(modes["int8"].build(posed), posed) < 0.1
-    assert 1e-3 < distance(modes["int8 within the loss"].build(posed), posed) <= 0.04
+    posed = replace(problem(tmp_path, precision="int8-static"), max_loss=0.04)
+    exact, whole, within = openvino_modes(posed)
+    assert (whole.precision, within.precision) == ("int8-static", "int8-static")
+    assert distance(exact.build(posed), posed) < 1e-5
+    assert 1e-3 < distance(whole.build(posed), posed) < 0.1
+    assert 1e-3 < distance(within.build(posed), posed) <= 0.04
     assert capfd.readouterr() == ("", "")
 
 
@@ -95,12 +90,12 @@ def test_layers_that_lose_too_much_stay_as_they_are(tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     if reason := PEERS["openvino"].absent(CPU):
         pytest.skip(reason)
-    posed = replace(problem(tmp_path, precision="int8"), max_loss=1e-3)
+    posed = replace(problem(tmp_path, precision="int8-static"), max_loss=1e-3)
     assert distance(openvino_modes(posed)[2].build(posed), posed) <= 1e-3
 
 
-@pytest.mark.parametrize(("precision", "most"), [("int8-weights", 0.02), ("int4", 0.2)])
-def test_weights_alone_are_compressed(precision: str, most: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "most"), [("int8", 0.03), ("int8-weights", 0.03), ("int4", 0.2)])
+def test_weights_are_compressed(precision: str, most: float, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     if reason := PEERS["openvino"].absent(CPU):
         pytest.skip(reason)

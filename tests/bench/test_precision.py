@@ -56,7 +56,9 @@ def mode_of(peer: str, given: Problem, name: str) -> Mode:
         ("onnxruntime", "int8-static", {"": "exact", "int8": "int8"}),
         ("onnxruntime", "bf16", {"": "exact"}),
         ("openvino", "bf16", {"": "exact", "bf16": "bf16"}),
-        ("openvino", "int8", {"": "exact", "int8": "int8", "int8 within the loss": "int8"}),
+        ("openvino", "int8", {"": "exact", "int8": "int8"}),
+        ("openvino", "int8-static", {"": "exact", "int8-static": "int8-static",
+                                     "int8-static within the loss": "int8-static"}),
         ("openvino", "int4", {"": "exact", "int4": "int4"}),
     ],
 )  # fmt: skip

@@ -52,5 +52,6 @@ def test_a_row_of_clients(measured: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert row["clients"] == 64
     assert row["remarks"] == []
     assert sum(int(rows) * count for rows, count in row["batch_rows"].items()) >= 16
-    assert set(row["requests_per_s"]) == {"one", "session"}
+    assert set(row["requests_per_s"]) == {"one", "eager", "session"}
+    assert row["ratio_to_eager"]["low"] <= row["ratio_to_eager"]["high"]
     assert row["bound_ms"] == pytest.approx(5 + 3 * row["batch_ms"]["median"], abs=0.1)

@@ -211,6 +211,7 @@ def test_the_plugin_is_told_precision_and_threads(plugin: list[Any]) -> None:
         config = json.loads(provider.options["load_config"])["CPU"]
         assert config["INFERENCE_PRECISION_HINT"] == precision
         assert config["INFERENCE_NUM_THREADS"] == str(torch.get_num_threads())
+        assert config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0"  # else it rounds beside weights in 8 bits
         assert provider.devices == (plugin[1],)
         assert provider.entries() == []  # a plugin is handed over by its devices
     threads = providers.provider_for(through_plugin(intra_op_threads=7)).options

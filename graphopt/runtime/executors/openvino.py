@@ -33,7 +33,7 @@ from graphopt.runtime.executors._protocol import KernelTime, Program, Silent
 from graphopt.runtime.executors._remade import Remade
 from graphopt.runtime.executors.ort import Ort, inexpressible
 from graphopt.runtime.executors.ort.program import fixed_shape
-from graphopt.runtime.executors.ort.providers import plugin_is_installed, torch_threads
+from graphopt.runtime.executors.ort.providers import openvino_options, plugin_is_installed, torch_threads
 from graphopt.runtime.executors.ort.weights import collect, large, without_weights
 from graphopt.runtime.lower_onnx import to_onnx
 from graphopt.runtime.onnx_translation import quiet
@@ -46,7 +46,6 @@ Output = tuple[torch.dtype, tuple[int, ...] | None]  # its type, and its shape w
 
 _PROFILED_RUNS = 3
 _COPIED_BYTES = 2**16  # 4 us
-_GROUP = 32  # numbers of an input with one step: what OpenVINO takes by itself
 # The "file" of what lies in the process's memory: ONNX Runtime's provider calls it so to OpenVINO's reader.
 _MEMORY = "*/_ORT_MEM_ADDR_/*"
 
@@ -67,13 +66,8 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same by OpenVINO's names. Left alone it takes bf16 where the processor has it, and rounds."""
-        return {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": self.precision,
-            "INFERENCE_NUM_THREADS": self.threads,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if self.rounds_inputs else 0,
-        }
+        """The same by OpenVINO's names."""
+        return openvino_options(self.precision, self.threads, rounds_inputs=self.rounds_inputs)
 
 
 class OpenVinoProgram(Silent):
@@ -358,13 +352,14 @@ class OpenVino:
         Raises:
             LoweringError: the region cannot be exported, or OpenVINO refuses it or takes no node of it.
         """
+        rounds = any(_rounds_inputs(node) for node in region.graph.calls)
+        settings = Settings(self.precision, torch_threads(target), rounds)
         if _problem() is not None:
-            return self._plugin.compile(region, self._through_plugin(target), effort)
+            return self._plugin.compile(region, self._through_plugin(target, settings), effort)
         with tuned_for("openvino"):
             model = to_onnx(region.graph)
-        rounds = any(_rounds_inputs(node) for node in region.graph.calls)
-        return OpenVinoProgram(region, model, Settings(self.precision, torch_threads(target), rounds))
+        return OpenVinoProgram(region, model, settings)
 
-    def _through_plugin(self, target: Target) -> Target:
-        options = {"INFERENCE_PRECISION_HINT": self.precision}
+    def _through_plugin(self, target: Target, settings: Settings | None = None) -> Target:
+        options = {} if settings is None else settings.options
         return replace(target, ort=replace(target.ort, provider="openvino", provider_options=options))

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import InputError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, size_bounds
 
 Lengths = tuple[int, ...]
 Size = int | str | frozenset[str]  # a number, a symbol, or the symbols that it is computed from
@@ -66,7 +66,7 @@ class Sizes:
             inputs.append(InputSizes(spec.path, sizes, named))
             for size, symbol in zip(spec.shape, sizes, strict=True):
                 if isinstance(symbol, str):
-                    bound = _bound(size)
+                    _, bound = size_bounds(size)
                     most |= {} if bound is None else {symbol: bound}
         results: Any = graph.output.args[0]
         return Sizes(tuple(inputs), tuple(_output_sizes(result) for result in results), most)
@@ -79,16 +79,6 @@ def _size(size: Any) -> Size:
     if expression.is_Symbol:
         return str(expression)
     return frozenset(map(str, expression.free_symbols))
-
-
-def _bound(size: torch.SymInt) -> int | None:
-    """The largest value that a dynamic size may have, where capture found one."""
-    shape_env = size.node.shape_env
-    upper: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr).upper
-    return int(upper) if getattr(upper, "is_Integer", False) and upper < _UNBOUNDED else None
-
-
-_UNBOUNDED = 2**31  # what is larger stands for "no bound"
 
 
 def _output_sizes(result: Any) -> tuple[Size, ...] | None:

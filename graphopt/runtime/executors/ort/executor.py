@@ -19,7 +19,11 @@ from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 
 # Whose fastest nodes a provider is given; the others take the fused ones.
-_TUNINGS: dict[str, Tuning] = {providers.CPU: "cpu", providers.CUDA: "cuda"}
+_TUNINGS: dict[str, Tuning] = {
+    providers.CPU: "cpu",
+    providers.CUDA: "cuda",
+    providers.OPENVINO: "openvino",
+}
 
 
 class Ort:

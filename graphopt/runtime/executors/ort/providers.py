@@ -177,27 +177,39 @@ def _smallest_model() -> bytes:
 # Plugins
 
 _PLUGIN = "onnxruntime_ep_openvino"
+_GROUP = 32  # numbers of an input with one step: what OpenVINO takes by itself
 _REGISTERING = threading.Lock()
 
 
 def _openvino(target: Target) -> Provider:
     """OpenVINO on the CPU, as a plugin that is registered when it is first asked for.
 
-    It computes in float32, where it would take bf16 by itself on processors that have it, unless the options
-    for the provider ask for another ``INFERENCE_PRECISION_HINT``.
+    It computes in float32, unless the options for the provider ask for another ``INFERENCE_PRECISION_HINT``.
 
     Raises:
         TargetError: the plugin is not installed, or does not load, or the target is no CPU.
     """
     if target.device.type != "cpu":
         raise TargetError(f"OpenVINO runs on the CPU, the target is {target}")
-    config = {
+    config = {**openvino_options("f32", torch_threads(target)), **target.ort.provider_options}
+    given = {name: str(value) for name, value in config.items()}
+    return Provider(OPENVINO, {_CONFIG: json.dumps({"CPU": given})}, _openvino_devices())
+
+
+def openvino_options(precision: str, threads: int, *, rounds_inputs: bool = False) -> dict[str, Any]:
+    """What OpenVINO is asked for, by its own names: exactness, which it gives up for speed when left alone.
+
+    Args:
+        precision: that it computes in, "f32" or "bf16".
+        threads: that share a node.
+        rounds_inputs: what is multiplied by weights in 8 bits or fewer is quantized, too, as it comes.
+    """
+    return {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": str(torch_threads(target)),
-        **target.ort.provider_options,
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if rounds_inputs else 0,
     }
-    return Provider(OPENVINO, {_CONFIG: json.dumps({"CPU": config})}, _openvino_devices())
 
 
 def plugin_is_installed() -> bool:
