@@ -146,12 +146,12 @@ def test_openvino_is_a_way_to_run_codes(name: str, installed: bool, monkeypatch:
     assert lost(MODEL, found, X) == pytest.approx(found.report.loss, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("int8", True), ("int8-weights", True), ("int8-static", False)])
-def test_openvino_rounds_no_input_that_the_graph_does_not(name: str, rounds: bool) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("int8", 64), ("int8-weights", 32), ("int8-static", 0)])
+def test_openvino_rounds_no_input_that_the_graph_does_not(name: str, expected: int) -> None:
+    """One step for as many numbers as divide the features of all products, and no more than a weight's."""
     needs("openvino")
     (step,) = optimized(name, "openvino").plan.steps
-    group = step.program.settings.options["DYNAMIC_QUANTIZATION_GROUP_SIZE"]
-    assert group == (32 if rounds else 0)
+    assert step.program.settings.options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == expected
 
 
 @pytest.mark.parametrize("name", CASTS)

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import ExecutionError, InputError, LoweringError, said
+from graphopt.ir.graph import Graph
 from graphopt.ir.pattern import argument
 from graphopt.ir.tuning import tuned_for
 from graphopt.kernels.block_quantized_linear import OP as BLOCK_QUANTIZED_LINEAR
@@ -46,6 +47,7 @@ Output = tuple[torch.dtype, tuple[int, ...] | None]  # its type, and its shape w
 
 _PROFILED_RUNS = 3
 _COPIED_BYTES = 2**16  # 4 us
+_LARGEST_GROUP = 256
 # The "file" of what lies in the process's memory: ONNX Runtime's provider calls it so to OpenVINO's reader.
 _MEMORY = "*/_ORT_MEM_ADDR_/*"
 
@@ -57,17 +59,17 @@ class Settings:
     Args:
         precision: that it computes in.
         threads: that share a node.
-        rounds_inputs: what is multiplied by weights in 8 bits or fewer is quantized, too, as it comes.
+        group: of what is multiplied by weights in 8 bits or fewer, so many numbers get one step; 0 for none.
     """
 
     precision: Precision
     threads: int
-    rounds_inputs: bool = False
+    group: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
         """The same by OpenVINO's names."""
-        return openvino_options(self.precision, self.threads, rounds_inputs=self.rounds_inputs)
+        return openvino_options(self.precision, self.threads, self.group)
 
 
 class OpenVinoProgram(Silent):
@@ -306,11 +308,23 @@ def _last_line(error: Exception) -> str:
     return next(filter(None, reversed(lines)), said(error))
 
 
-def _rounds_inputs(node: fx.Node) -> bool:
-    """Whether an op quantizes what comes in, at each call."""
-    if node.target is BLOCK_QUANTIZED_LINEAR.overload:
-        return bool(argument(node, "rounds_input"))
-    return node.target is DYNAMIC_QUANTIZED_LINEAR.overload
+def _group(graph: Graph) -> int:
+    """How many numbers of an input may get one step: as many as all products allow that quantize theirs.
+
+    Small groups cost time: BERT-base at 1x128 in 8 bits takes 53 ms in groups of 32, 40 in groups of 128 and
+    38 in those of 256, on two threads of a CPU with AVX-512 and VNNI (OpenVINO 2026.4).
+    """
+    return min(filter(None, map(_group_of, graph.calls)), default=0)
+
+
+def _group_of(node: fx.Node) -> int:
+    """The same of one call; 0 where it quantizes nothing that comes in."""
+    if node.target is BLOCK_QUANTIZED_LINEAR.overload and argument(node, "rounds_input"):
+        return int(argument(node, "weight").meta["val"].shape[2]) * 8 // int(argument(node, "bits"))
+    if node.target is DYNAMIC_QUANTIZED_LINEAR.overload:
+        features = int(argument(node, "weight").meta["val"].shape[1])
+        return min(_LARGEST_GROUP, features & -features)  # which divides them
+    return 0
 
 
 class OpenVino:
@@ -352,8 +366,7 @@ class OpenVino:
         Raises:
             LoweringError: the region cannot be exported, or OpenVINO refuses it or takes no node of it.
         """
-        rounds = any(_rounds_inputs(node) for node in region.graph.calls)
-        settings = Settings(self.precision, torch_threads(target), rounds)
+        settings = Settings(self.precision, torch_threads(target), _group(region.graph))
         if _problem() is not None:
             return self._plugin.compile(region, self._through_plugin(target, settings), effort)
         with tuned_for("openvino"):

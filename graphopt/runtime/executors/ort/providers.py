@@ -177,7 +177,6 @@ def _smallest_model() -> bytes:
 # Plugins
 
 _PLUGIN = "onnxruntime_ep_openvino"
-_GROUP = 32  # numbers of an input with one step: what OpenVINO takes by itself
 _REGISTERING = threading.Lock()
 
 
@@ -196,19 +195,19 @@ def _openvino(target: Target) -> Provider:
     return Provider(OPENVINO, {_CONFIG: json.dumps({"CPU": given})}, _openvino_devices())
 
 
-def openvino_options(precision: str, threads: int, *, rounds_inputs: bool = False) -> dict[str, Any]:
+def openvino_options(precision: str, threads: int, group: int = 0) -> dict[str, Any]:
     """What OpenVINO is asked for, by its own names: exactness, which it gives up for speed when left alone.
 
     Args:
         precision: that it computes in, "f32" or "bf16".
         threads: that share a node.
-        rounds_inputs: what is multiplied by weights in 8 bits or fewer is quantized, too, as it comes.
+        group: of what is multiplied by weights in 8 bits or fewer, so many numbers get one step; 0 for none.
     """
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": threads,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP if rounds_inputs else 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
 
 
