@@ -131,11 +131,17 @@ def _parts(node: fx.Node) -> list[Any]:
     trace = make_fx(lambda args, kwargs: target(*args, **kwargs), _exporter().decompositions)
     try:
         with FakeTensorMode():  # sizes as numbers: tracing must not narrow the graph's own
-            call = fx.map_arg((node.args, node.kwargs), lambda source: concrete(source.meta["val"], "cpu"))
+            call = fx.map_arg((node.args, node.kwargs), lambda x: _dense(concrete(x.meta["val"], "cpu")))
             parts = trace(*call).graph.nodes
     except Exception:
         return [target]
     return [part.target for part in parts if part.op == "call_function"]
+
+
+def _dense(value: Any) -> Any:
+    """A value whose strides say nothing: ONNX has none, and ops that are taken apart write them down."""
+    fixed = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+    return value.contiguous() if fixed else value
 
 
 @contextlib.contextmanager
@@ -257,7 +263,7 @@ class _Lifted:
     def take(self, node: fx.Node, tensor: torch.Tensor | None = None) -> None:
         """Add an input for a placeholder, or for a constant of that value."""
         new = self.graph.placeholder(node.name)
-        new.meta["val"] = node.meta["val"]
+        new.meta["val"] = _dense(node.meta["val"])
         self.made[node] = new
         name = TensorArgument(new.name)
         if tensor is None:

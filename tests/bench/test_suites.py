@@ -88,3 +88,10 @@ def test_an_unknown_suite_or_peer_is_refused(run: Run) -> None:
         code, _, complained = run(*args)
         assert code == 2, complained
         assert words in complained
+
+
+@pytest.mark.parametrize(
+    ("only", "found"), [("", ["int8", "int8-static"]), ("int8", ["int8"]), ("static", ["int8-static"])]
+)
+def test_a_case_is_named_exactly_where_that_is_its_name(only: str, found: list[str]) -> None:
+    assert command._named(["int8", "int8-static"], only) == found

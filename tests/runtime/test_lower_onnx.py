@@ -16,6 +16,7 @@ from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.passes.fold_weight_layout import PASS as FOLD_WEIGHT_LAYOUT
 from graphopt.passes.fuse_linear import PASS as FUSE_LINEAR
 from graphopt.runtime.lower_onnx import to_onnx
+from graphopt.runtime.onnx_translation import has_translation
 from tests._models import randn
 from tests.passes._harness import program, run
 
@@ -98,3 +99,16 @@ def test_attention_that_broadcasts_runs(case: str, dynamic: bool) -> None:
     for size in (3, 7) if dynamic else (3,):
         given = [x.repeat(size, 1, 1, 1)[:size] if x.shape[0] > 1 else x for x in inputs]
         torch.testing.assert_close(opt(*given), forward(None, *given), rtol=1e-5, atol=1e-5)
+
+
+def test_strides_are_nothing_to_onnx() -> None:
+    """PyTorch takes a pooling of channels-last images apart into one that writes their strides down."""
+    x = torch.randn(2, 8, 7, 7).contiguous(memory_format=torch.channels_last)
+
+    class Pool(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.adaptive_avg_pool2d(x.relu(), 1)
+
+    graph = capture(Pool().eval(), (x,))
+    assert all(map(has_translation, graph.calls))
+    assert [node.op_type for node in to_onnx(graph).graph] == ["Relu", "ReduceMean"]
