@@ -307,7 +307,8 @@ _SHOWN = (
 def cells(row: Row) -> list[str]:
     """What ``_SHOWN`` names of a row of clients."""
     rates = row["requests_per_s"]
-    numbers = [_beside(rates["eager"], row["ratio_to_eager"]), _beside(rates["one"], row["ratio"])]
+    eager = _beside(rates["eager"], row["ratio_to_eager"]) if "eager" in rates else "-"  # older rows
+    numbers = [eager, _beside(rates["one"], row["ratio"])]
     return [row["case"], *numbers, *map(str, (rates["session"], row["latency_ms"]["p99"], row["bound_ms"]))]
 
 

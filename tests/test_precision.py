@@ -20,8 +20,8 @@ from graphopt.errors import InputError, TargetError
 from graphopt.kernels._triton import Gpu, standing_in_for
 from graphopt.passes import quantize_linear_fp8, quantize_linear_int8
 from graphopt.runtime import executors, ways
-from graphopt.runtime.executors import openvino
 from graphopt.runtime.executors.eager import Eager, EagerProgram
+from graphopt.runtime.executors.openvino.executor import problem
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 from tests._models import bert, randn, randomised
@@ -45,7 +45,7 @@ def test_oneDNN_has_float16_where_the_processor_has() -> None:  # noqa: N802
     ],
 )
 def test_it_runs_within_its_default_loss(name: str, executor: str) -> None:
-    if executor == "openvino" and (reason := openvino._problem()):
+    if executor == "openvino" and (reason := problem()):
         pytest.skip(reason)
     found = optimized(name, executor)
     assert found.report.precision == name

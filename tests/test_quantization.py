@@ -19,7 +19,7 @@ from graphopt.errors import InputError, TargetError
 from graphopt.passes import _blocks
 from graphopt.precision import PRECISIONS, require_possible
 from graphopt.runtime import executors
-from graphopt.runtime.executors import openvino
+from graphopt.runtime.executors.openvino.executor import problem
 from graphopt.runtime.target import Target
 from tests._models import CNN, Example, randn, randomised, tokens
 from tests._precision import MODEL, Network, X, made_up, optimized, reasons
@@ -31,7 +31,7 @@ SHARE = {"int8-static": 0.3, "int8-weights": 0.3, "int4": 0.18}
 
 
 def needs(executor: str) -> None:
-    if executor == "openvino" and (reason := openvino._problem()):
+    if executor == "openvino" and (reason := problem()):
         pytest.skip(reason)
 
 

@@ -341,10 +341,12 @@ def size_hint(size: Any) -> int:
 def size_bounds(size: torch.SymInt) -> tuple[int, int | None]:
     """The smallest and the largest value that a dynamic size may have, the latter where capture found one."""
     shape_env = size.node.shape_env
-    found: Any = None if shape_env is None else shape_env.bound_sympy(size.node.expr)
-    lower, upper = (None, None) if found is None else (found.lower, found.upper)
-    least = int(lower) if getattr(lower, "is_Integer", False) else 0
-    return least, int(upper) if getattr(upper, "is_Integer", False) and upper < _UNBOUNDED else None
+    if shape_env is None:
+        return 0, None
+    found: Any = shape_env.bound_sympy(size.node.expr)
+    least = int(found.lower) if getattr(found.lower, "is_Integer", False) else 0
+    is_bound = getattr(found.upper, "is_Integer", False) and found.upper < _UNBOUNDED
+    return least, int(found.upper) if is_bound else None
 
 
 _UNBOUNDED = 2**31  # what is larger stands for "no bound"

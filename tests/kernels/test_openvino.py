@@ -16,8 +16,8 @@ from graphopt.errors import LoweringError
 from graphopt.ir.op import Op
 from graphopt.kernels._activations import TORCH
 from graphopt.runtime import scheduler
-from graphopt.runtime.executors import openvino
 from graphopt.runtime.executors.openvino import OpenVino
+from graphopt.runtime.executors.openvino.executor import problem
 from graphopt.runtime.partition import partition
 from graphopt.runtime.target import Target
 from tests.kernels.test_ops import KERNEL_OPS, assert_right, outputs, samples, tensors
@@ -67,7 +67,7 @@ UNROUNDED = {"dynamic_quantized_linear": product}
 
 @pytest.mark.parametrize("op", KERNEL_OPS, ids=lambda op: op.name)
 def test_an_op_in_openvino(op: Op) -> None:
-    if reason := openvino._problem():
+    if reason := problem():
         pytest.skip(reason)
     given = [x.clone() for sample in samples(op.name) for x in tensors(sample) if not is_weight(x)]
     graph, inputs = capture_any(Calls(op).eval(), tuple(given), None, dynamic=None)

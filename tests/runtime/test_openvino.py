@@ -18,8 +18,8 @@ from graphopt.compiler.remarks import Remarks
 from graphopt.compiler.tolerance import MODEL_FLOOR_ULPS
 from graphopt.errors import ExecutionError, InputError, LoweringError
 from graphopt.runtime import executors, scheduler, ways
-from graphopt.runtime.executors import EXECUTORS, absent, openvino
-from graphopt.runtime.executors.openvino import OpenVino, OpenVinoProgram
+from graphopt.runtime.executors import EXECUTORS, absent
+from graphopt.runtime.executors.openvino import OpenVino, OpenVinoProgram, executor, reading
 from graphopt.runtime.executors.ort.providers import OPENVINO
 from graphopt.runtime.partition import partition
 from graphopt.runtime.target import Target
@@ -32,7 +32,7 @@ NOT_INSTALLED = "OpenVINO is not installed"
 @pytest.fixture
 def itself() -> None:
     """OpenVINO runs here, without ONNX Runtime."""
-    if reason := openvino._problem():
+    if reason := executor.problem():
         pytest.skip(reason)
 
 
@@ -42,7 +42,7 @@ def here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "itself":
         request.getfixturevalue("itself")
         return "OpenVINO"
-    monkeypatch.setattr(openvino, "_problem", lambda: NOT_INSTALLED)
+    monkeypatch.setattr(executor, "problem", lambda: NOT_INSTALLED)
     if reason := absent(EXECUTORS["openvino"], HOST):
         pytest.skip(reason)
     return OPENVINO
@@ -235,8 +235,8 @@ def test_its_own_counters_are_the_profile() -> None:
 def test_what_takes_openvino_down_takes_only_a_process_of_its_own_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    crash = f"{openvino._TRIAL}\nimport os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-    monkeypatch.setattr(openvino, "_TRIAL", crash)
+    crash = f"{reading._TRIAL}\nimport os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(reading, "_TRIAL", crash)
     opt = graphopt.optimize(randomised(MLP()), (randn(4, 8),), executors=("openvino", "ort"), effort="fast")
     assert [row["executor"] for row in opt.report.plan] == ["ort"]
     (reason,) = (row.reason for row in opt.report.remarks if "took down" in row.reason)
@@ -245,8 +245,8 @@ def test_what_takes_openvino_down_takes_only_a_process_of_its_own_down(
 
 @pytest.mark.usefixtures("itself")
 def test_a_trial_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_TRIAL", "import time; time.sleep(60)")
-    monkeypatch.setattr(openvino, "_PATIENCE", 0.2)
+    monkeypatch.setattr(reading, "_TRIAL", "import time; time.sleep(60)")
+    monkeypatch.setattr(reading, "_PATIENCE", 0.2)
     with pytest.raises(LoweringError, match="cannot be tried in a process of its own: TimeoutExpired"):
         graphopt.optimize(randomised(MLP()), (randn(4, 8),), executors=("openvino",), effort="fast")
 
@@ -280,12 +280,12 @@ class Stubborn:
         self.given, self.refuses, self.fails = given, refuses, fails
         self.inputs = self.outputs = ()
 
-    def read_model(self, text: bytes) -> bytes:
+    def read_model(self, text: bytes) -> Any:
         if self.refuses:
             raise RuntimeError(f"Exception from src/inference/core.cpp:126:\n{self.refuses}\n\n")
         return text
 
-    def compile_model(self, model: bytes, device: str, settings: Any) -> Stubborn:
+    def compile_model(self, model: Any, device: str, settings: Any) -> Stubborn:
         return self
 
     def get_property(self, name: str) -> Any:
@@ -306,17 +306,17 @@ class Stubborn:
     ],
 )
 def test_what_it_refuses_is_said(core: Stubborn, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_core", lambda: core)
-    monkeypatch.setattr(openvino, "_problem", lambda: None)
-    monkeypatch.setattr(openvino, "_try_elsewhere", lambda model, settings: None)
+    monkeypatch.setattr(reading, "core", lambda: core)
+    monkeypatch.setattr(executor, "problem", lambda: None)
+    monkeypatch.setattr(reading, "try_elsewhere", lambda model, settings: None)
     with pytest.raises(LoweringError, match=reason):
         graphopt.optimize(randomised(MLP()), (randn(4, 8),), executors=("openvino",))
 
 
 def test_a_run_that_fails_is_an_error_and_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_core", lambda: Stubborn(fails="the arena is gone"))
-    monkeypatch.setattr(openvino, "_problem", lambda: None)
-    monkeypatch.setattr(openvino, "_try_elsewhere", lambda model, settings: None)
+    monkeypatch.setattr(reading, "core", lambda: Stubborn(fails="the arena is gone"))
+    monkeypatch.setattr(executor, "problem", lambda: None)
+    monkeypatch.setattr(reading, "try_elsewhere", lambda model, settings: None)
     program, _ = program_of(randomised(MLP()), randn(4, 8))
     with pytest.raises(ExecutionError, match="OpenVINO failed in the middle of a run: the arena is gone"):
         program._compiled.get().run([], [])
@@ -326,16 +326,16 @@ def test_one_that_does_not_load_is_absent(monkeypatch: pytest.MonkeyPatch) -> No
     def fail() -> Any:
         raise ImportError("libtbb.so.12: cannot open shared object file")
 
-    monkeypatch.setattr(openvino, "_core", fail)
-    monkeypatch.setattr(openvino, "plugin_is_installed", lambda: False)
-    monkeypatch.setattr(openvino.importlib.util, "find_spec", lambda name: object())
-    assert "OpenVINO does not load: libtbb.so.12" in str(openvino._problem.__wrapped__())
+    monkeypatch.setattr(reading, "core", fail)
+    monkeypatch.setattr(executor, "plugin_is_installed", lambda: False)
+    monkeypatch.setattr(executor.importlib.util, "find_spec", lambda name: object())
+    assert "OpenVINO does not load: libtbb.so.12" in str(executor.problem.__wrapped__())
 
 
 def test_one_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "_problem", openvino._problem.__wrapped__)
-    monkeypatch.setattr(openvino.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(openvino, "plugin_is_installed", lambda: False)
+    monkeypatch.setattr(executor, "problem", executor.problem.__wrapped__)
+    monkeypatch.setattr(executor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(executor, "plugin_is_installed", lambda: False)
     assert "pip install 'graphopt[openvino]'" in str(absent(EXECUTORS["openvino"], HOST))
 
 

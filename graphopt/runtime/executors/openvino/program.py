@@ -1,45 +1,23 @@
-"""The ``openvino`` executor: a region compiled by OpenVINO, on the CPU.
-
-Where OpenVINO itself is installed it reads the region as ONNX and runs it, on any processor that it knows.
-Where only its plugin for ONNX Runtime is installed, the region is a session of that, on Intel's processors.
-"""
+"""A region as a model that OpenVINO has compiled, and its calls."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import json
-import signal
-import subprocess
-import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from torch import fx
 
-from graphopt.errors import ExecutionError, InputError, LoweringError, said
-from graphopt.ir.graph import Graph
-from graphopt.ir.pattern import argument
-from graphopt.ir.tuning import tuned_for
-from graphopt.kernels.block_quantized_linear import OP as BLOCK_QUANTIZED_LINEAR
-from graphopt.kernels.dynamic_quantized_linear import OP as DYNAMIC_QUANTIZED_LINEAR
-from graphopt.runtime.executors._protocol import KernelTime, Program, Silent
+from graphopt.errors import ExecutionError, LoweringError
+from graphopt.runtime.executors._protocol import KernelTime, Silent
 from graphopt.runtime.executors._remade import Remade
-from graphopt.runtime.executors.ort import Ort, inexpressible
+from graphopt.runtime.executors.openvino import reading
 from graphopt.runtime.executors.ort.program import fixed_shape
-from graphopt.runtime.executors.ort.providers import openvino_options, plugin_is_installed, torch_threads
-from graphopt.runtime.executors.ort.weights import collect, large, without_weights
-from graphopt.runtime.lower_onnx import to_onnx
-from graphopt.runtime.onnx_translation import quiet
+from graphopt.runtime.executors.ort.providers import openvino_options
 from graphopt.runtime.region import Region
-from graphopt.runtime.target import Target
 
 Precision = Literal["f32", "bf16"]
 
@@ -47,9 +25,6 @@ Output = tuple[torch.dtype, tuple[int, ...] | None]  # its type, and its shape w
 
 _PROFILED_RUNS = 3
 _COPIED_BYTES = 2**16  # 4 us
-_LARGEST_GROUP = 256
-# The "file" of what lies in the process's memory: ONNX Runtime's provider calls it so to OpenVINO's reader.
-_MEMORY = "*/_ORT_MEM_ADDR_/*"
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,7 @@ class OpenVinoProgram(Silent):
 
     def __init__(self, region: Region, model: ir.Model, settings: Settings, *, trusted: bool = False) -> None:
         if not trusted:
-            _try_elsewhere(model, settings.options)
+            reading.try_elsewhere(model, settings.options)
         self.model = model
         self.settings = settings
         self._region = region
@@ -148,16 +123,14 @@ class _Compiled:
     """
 
     def __init__(self, model: ir.Model, settings: Settings, *, counted: bool = False) -> None:
-        # Weights are read, by kernels that do not pack them at every call, where the model has them.
-        self._weights = collect(model, {name for name, _, _ in large(model)}).shared
-        text = without_weights(model, lambda name: (_MEMORY, self._weights[name].value.data_ptr()))
         options = {**settings.options, "PERF_COUNT": counted}
         try:
-            core = _core()
-            self._model = core.compile_model(core.read_model(text), "CPU", options)
+            # OpenVINO copies what it takes for the weights of a file, but no file has to be written for it.
+            read, self._weights = reading.read(model)
+            self._model = reading.core().compile_model(read, "CPU", options)
             given = self._model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         except Exception as error:
-            raise LoweringError(f"OpenVINO refuses the region: {_last_line(error)}") from error
+            raise LoweringError(f"OpenVINO refuses the region: {reading.last_line(error)}") from error
         if given != settings.precision:
             wanted = settings.precision
             raise LoweringError(f"OpenVINO computes in {given} on this processor, not in {wanted}")
@@ -176,7 +149,9 @@ class _Compiled:
         try:
             results = request.run(inputs, outputs)
         except Exception as error:
-            raise ExecutionError(f"OpenVINO failed in the middle of a run: {_last_line(error)}") from error
+            raise ExecutionError(
+                f"OpenVINO failed in the middle of a run: {reading.last_line(error)}"
+            ) from error
         self._idle.append(request)
         return results
 
@@ -244,135 +219,3 @@ def _view(tensor: Any) -> torch.Tensor:
 def _over(tensor: torch.Tensor) -> Any:
     """A tensor of OpenVINO's over the memory of one of PyTorch's."""
     return importlib.import_module("openvino").Tensor(tensor.numpy(), shared_memory=True)
-
-
-_TRIAL = """
-import json, sys, openvino
-core = openvino.Core()
-model = core.compile_model(core.read_model(sys.argv[1]), "CPU", json.loads(sys.argv[2]))
-if not any(port.partial_shape.is_dynamic for port in model.inputs):
-    request = model.create_infer_request()
-    for place in range(len(model.inputs)):
-        request.get_input_tensor(place).data[...] = 0
-    request.infer()
-"""
-_PATIENCE = 600  # seconds
-
-
-def _try_elsewhere(model: ir.Model, options: dict[str, Any]) -> None:
-    """Compile a model, and run it once, in a process of its own, which OpenVINO may take down.
-
-    OpenVINO 2026.4 does with some chains of small products in float32.
-
-    Raises:
-        LoweringError: it was taken down, or did not end, or could not be made.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            place = Path(folder) / "model.onnx"
-            with quiet():
-                ir.save(model, place, external_data="weights")
-            command = [sys.executable, "-c", _TRIAL, str(place), json.dumps(options)]
-            done = subprocess.run(command, capture_output=True, timeout=_PATIENCE, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LoweringError(f"OpenVINO cannot be tried in a process of its own: {said(error)}") from error
-    if done.returncode < 0:  # what it says on its own it says again in this process
-        how = signal.strsignal(-done.returncode) or f"signal {-done.returncode}"
-        raise LoweringError(f"OpenVINO took down the process that tried the region first: {how}")
-
-
-@functools.cache
-def _core() -> Any:
-    return importlib.import_module("openvino").Core()
-
-
-@functools.cache
-def _problem() -> str | None:
-    """Why OpenVINO itself does not run here; None when it does."""
-    if importlib.util.find_spec("openvino") is None:
-        return "OpenVINO is not installed (pip install 'graphopt[openvino]')"
-    try:
-        return None if "CPU" in _core().available_devices else "OpenVINO knows no CPU here"
-    except Exception as error:  # the loader's, and OpenVINO's own
-        return f"OpenVINO does not load: {_last_line(error)}"
-
-
-def is_installed() -> bool:
-    """True when OpenVINO or its plugin can be found; whether it loads is found out when it is asked for."""
-    return importlib.util.find_spec("openvino") is not None or plugin_is_installed()
-
-
-def _last_line(error: Exception) -> str:
-    """What is wrong: the lines above name OpenVINO's own files."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next(filter(None, reversed(lines)), said(error))
-
-
-def _group(graph: Graph) -> int:
-    """How many numbers of an input may get one step: as many as all products allow that quantize theirs.
-
-    Small groups cost time: BERT-base at 1x128 in 8 bits takes 53 ms in groups of 32, 40 in groups of 128 and
-    38 in those of 256, on two threads of a CPU with AVX-512 and VNNI (OpenVINO 2026.4).
-    """
-    return min(filter(None, map(_group_of, graph.calls)), default=0)
-
-
-def _group_of(node: fx.Node) -> int:
-    """The same of one call; 0 where it quantizes nothing that comes in."""
-    if node.target is BLOCK_QUANTIZED_LINEAR.overload and argument(node, "rounds_input"):
-        return int(argument(node, "weight").meta["val"].shape[2]) * 8 // int(argument(node, "bits"))
-    if node.target is DYNAMIC_QUANTIZED_LINEAR.overload:
-        features = int(argument(node, "weight").meta["val"].shape[1])
-        return min(_LARGEST_GROUP, features & -features)  # which divides them
-    return 0
-
-
-class OpenVino:
-    """Compiles regions with OpenVINO.
-
-    Args:
-        precision: that it computes in. "f32" is asked for, because OpenVINO takes bf16 by itself where the
-            processor has it.
-
-    Raises:
-        InputError: the precision is unknown.
-    """
-
-    name = "openvino"
-
-    def __init__(self, precision: Precision = "f32") -> None:
-        if precision not in get_args(Precision):
-            known = ", ".join(get_args(Precision))
-            raise InputError(f"OpenVINO's precision {precision!r} is unknown", hint=f"one of: {known}")
-        self.precision = precision
-        self._plugin = Ort()
-
-    def absent(self, target: Target) -> str | None:
-        """Why it cannot run on a target at all."""
-        if target.device.type != "cpu":
-            return f"OpenVINO runs on the CPU, the target is {target}"
-        reason = _problem()
-        if reason is None or not plugin_is_installed():
-            return reason
-        return self._plugin.absent(self._through_plugin(target))
-
-    def supports(self, node: fx.Node, target: Target) -> str | None:
-        """Why OpenVINO cannot take a node: it is not there, or the node cannot be handed over as ONNX."""
-        return self.absent(target) or inexpressible(node, target.device)
-
-    def compile(self, region: Region, target: Target, effort: str) -> Program:
-        """Export the region, and have it compiled.
-
-        Raises:
-            LoweringError: the region cannot be exported, or OpenVINO refuses it or takes no node of it.
-        """
-        settings = Settings(self.precision, torch_threads(target), _group(region.graph))
-        if _problem() is not None:
-            return self._plugin.compile(region, self._through_plugin(target, settings), effort)
-        with tuned_for("openvino"):
-            model = to_onnx(region.graph)
-        return OpenVinoProgram(region, model, settings)
-
-    def _through_plugin(self, target: Target, settings: Settings | None = None) -> Target:
-        options = {} if settings is None else settings.options
-        return replace(target, ort=replace(target.ort, provider="openvino", provider_options=options))
