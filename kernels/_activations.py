@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +69,13 @@ ONNX: dict[str, Callable[[Any, float], Any]] = {
     "gelu_tanh": lambda x, _: op.Gelu(x, approximate="tanh"),
     "quick_gelu": _quick_gelu,
 }
+
+
+def finished(product: Any, activation: str, parameter: float, dtype: int) -> Any:
+    """A product in float32 with the activation behind it, as a type of ONNX's."""
+    product.dtype = ir.DataType.FLOAT  # what is computed has no type yet, and activations ask
+    out = ONNX[activation](product, parameter)
+    return out if dtype == ir.DataType.FLOAT else op.Cast(out, to=int(dtype))
 
 
 def require_known(name: str, activation: str) -> None:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
 from graphopt.ir.tuning import Tuning, spelled
-from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._activations import TORCH, finished, require_known
 from graphopt.kernels._block_quantized_triton import block_quantized_product
 from graphopt.kernels._linear_triton import refuse_product
 from graphopt.kernels._onnx import Value, emit, linear, op
@@ -214,9 +214,7 @@ def _onnx(
         )
     else:
         out = linear(x, _dequantized(weight, scale, bits, features), bias)
-    out.dtype = kind  # what is computed has no type yet, and activations ask
-    out = ONNX[activation](out, parameter)
-    return out if given == kind else op.Cast(out, to=int(given))
+    return finished(out, activation, parameter, given)
 
 
 def _number(size: Any) -> int:

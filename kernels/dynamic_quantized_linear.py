@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
-from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._activations import TORCH, finished, require_known
 from graphopt.kernels._onnx import Value, dequantized, emit, linear, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
@@ -141,7 +141,8 @@ def _onnx(
         v if v is None or v.dtype == kind else op.Cast(v, to=int(kind)) for v in (x, scale, bias)
     )
     if spelled(_QUANTIZES):
-        return _finished(linear(x, dequantized(weight, scale), bias), given, activation, parameter)
+        out = linear(x, dequantized(weight, scale), bias)
+        return finished(out, activation, parameter, given)
     features = op.Shape(weight, start=1, end=2)
     rows = op.Reshape(x, op.Concat(op.Constant(value_ints=[-1]), features, axis=0))
     last, nothing = op.Constant(value_ints=[1]), op.Constant(value_float=0.0)
@@ -163,16 +164,8 @@ def _onnx(
     axis = op.Constant(value_ints=[0])
     right = op.Concat(op.Unsqueeze(sums, axis), op.Unsqueeze(bias, axis), axis=0)
     left = op.Concat(op.Mul(below, step), op.Div(step, step), axis=1)
-    out = op.Gemm(left, right, op.Mul(product, step))
-    out = op.Reshape(out, op.Concat(op.Shape(x, start=0, end=-1), op.Shape(scale), axis=0))
-    return _finished(out, given, activation, parameter)
-
-
-def _finished(out: Any, given: ir.DataType, activation: str, parameter: float) -> Any:
-    """A product in float32 with its activation, in the type that was given."""
-    out.dtype = ir.DataType.FLOAT  # what is computed has no type yet, and activations ask
-    out = ONNX[activation](out, parameter)
-    return out if given == ir.DataType.FLOAT else op.Cast(out, to=int(given))
+    out = finished(op.Gemm(left, right, op.Mul(product, step)), activation, parameter, given)
+    return op.Reshape(out, op.Concat(op.Shape(x, start=0, end=-1), op.Shape(scale), axis=0))
 
 
 def _samples() -> Iterator[Sample]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, TritonFace, register
-from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._activations import TORCH, finished, require_known
 from graphopt.kernels._float8_triton import float8_product, refuse_float8
 from graphopt.kernels._onnx import Value, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
@@ -146,9 +146,7 @@ def _onnx(
     product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     out = op.Mul(op.Mul(product, scale), weight_scale)
     out = out if bias is None else op.Add(out, bias)
-    out.dtype = kind  # what is computed has no type yet, and activations ask
-    out = ONNX[activation](out, parameter)
-    return out if dtype == kind else op.Cast(out, to=dtype)
+    return finished(out, activation, parameter, dtype)
 
 
 def _samples() -> Iterator[Sample]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from graphopt.ir.op import BadSample, Cost, Op, Sample, register
 from graphopt.ir.tuning import Tuning, spelled
-from graphopt.kernels._activations import ONNX, TORCH, require_known
+from graphopt.kernels._activations import TORCH, finished, require_known
 from graphopt.kernels._onnx import Value, dequantized, emit, op
 from graphopt.kernels._shape import product_cost, require, require_floating, shape_of
 
@@ -147,20 +147,18 @@ def _onnx(
     one = op.Constant(value_float=1.0)
     zero = op.Constant(value=ir.tensor(zero_point, dtype=ir.DataType.UINT8))
     codes, product = op.QuantizeLinear(op.Mul(x, factor), one, zero), spelled(_PRODUCT)
-    if product == "MatMul":
-        numbers = op.Transpose(dequantized(weight, scale), perm=[1, 0])
-        out = op.MatMul(op.DequantizeLinear(codes, one, zero), numbers)
-    elif product == "MatMulInteger":
+    if product == "MatMulIntegerToFloat":
+        more = (zero,) if bias is None else (zero, None, bias)
+        out = emit(product, codes, op.Transpose(weight, perm=[1, 0]), one, scale, *more)
+        return finished(out, activation, parameter, given)
+    if product == "MatMulInteger":
         columns = op.Transpose(weight, perm=[1, 0])
         out = op.Mul(op.Cast(op.MatMulInteger(codes, columns, zero), to=int(kind)), scale)
     else:
-        more = (zero,) if bias is None else (zero, None, bias)
-        out = emit(product, codes, op.Transpose(weight, perm=[1, 0]), one, scale, *more)
-    if product != "MatMulIntegerToFloat" and bias is not None:
-        out = op.Add(out, bias)
-    out.dtype = kind  # what is computed has no type yet, and activations ask
-    out = ONNX[activation](out, parameter)
-    return out if given == kind else op.Cast(out, to=int(given))
+        numbers = op.Transpose(dequantized(weight, scale), perm=[1, 0])
+        out = op.MatMul(op.DequantizeLinear(codes, one, zero), numbers)
+    out = out if bias is None else op.Add(out, bias)
+    return finished(out, activation, parameter, given)
 
 
 def _samples() -> Iterator[Sample]:

@@ -14,6 +14,7 @@ import graphopt
 from graphopt.observe.report import Report
 from graphopt.runtime import candidates
 from graphopt.runtime.candidates import Candidate
+from graphopt.runtime.executors.openvino.executor import problem
 from graphopt.runtime.measure import Timing
 from tests._models import randn, randomised
 
@@ -32,6 +33,12 @@ class Network(nn.Module):
 
 
 MODEL = randomised(Network()).eval()
+
+
+def needs(executor: str) -> None:
+    """Skip the test where OpenVINO is needed, and does not run."""
+    if executor == "openvino" and (reason := problem()):
+        pytest.skip(reason)
 
 
 def optimized(name: str, executor: str = "onednn", model: nn.Module = MODEL, **more: Any) -> Any:

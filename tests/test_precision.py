@@ -21,11 +21,10 @@ from graphopt.kernels._triton import Gpu, standing_in_for
 from graphopt.passes import quantize_linear_fp8, quantize_linear_int8
 from graphopt.runtime import executors, ways
 from graphopt.runtime.executors.eager import Eager, EagerProgram
-from graphopt.runtime.executors.openvino.executor import problem
 from graphopt.runtime.region import Region
 from graphopt.runtime.target import Target
 from tests._models import bert, randn, randomised
-from tests._precision import MODEL, Network, X, made_up, optimized, reasons
+from tests._precision import MODEL, Network, X, made_up, needs, optimized, reasons
 
 CASTS = {"bf16": "cast_to_bfloat16", "fp16": "cast_to_float16", "int8": "quantize_linear_int8"}
 
@@ -45,8 +44,7 @@ def test_oneDNN_has_float16_where_the_processor_has() -> None:  # noqa: N802
     ],
 )
 def test_it_runs_within_its_default_loss(name: str, executor: str) -> None:
-    if executor == "openvino" and (reason := problem()):
-        pytest.skip(reason)
+    needs(executor)
     found = optimized(name, executor)
     assert found.report.precision == name
     assert found.report.chosen.name == f"{executor} ({name})"

@@ -280,12 +280,12 @@ class Stubborn:
         self.given, self.refuses, self.fails = given, refuses, fails
         self.inputs = self.outputs = ()
 
-    def read_model(self, text: bytes) -> Any:
+    def read_model(self, text: bytes) -> bytes:
         if self.refuses:
             raise RuntimeError(f"Exception from src/inference/core.cpp:126:\n{self.refuses}\n\n")
         return text
 
-    def compile_model(self, model: Any, device: str, settings: Any) -> Stubborn:
+    def compile_model(self, model: bytes, device: str, settings: Any) -> Stubborn:
         return self
 
     def get_property(self, name: str) -> Any:
